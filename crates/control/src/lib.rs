@@ -1,0 +1,1 @@
+//! The control plane: sources, compilation, certificates, delivery, status.

@@ -1,0 +1,128 @@
+//! Why a request or connection failed.
+//!
+//! A [`Cause`] is chosen where the failure happens; the status, the gRPC code, the reason in header, log and metric, and
+//! whether another attempt is safe all follow from it in exhaustive matches, so that they can never disagree.
+
+use http::StatusCode;
+
+/// Who is at fault, as far as the proxy can tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// The caller: malformed, too large, gone, not allowed.
+    Client,
+    /// The mesh: configuration, certificates, its own limits.
+    Mesh,
+    /// The application that should have answered.
+    Upstream,
+}
+
+macro_rules! causes {
+    ($($(#[$doc:meta])* $variant:ident => $reason:literal, $status:ident, $grpc:literal, $side:ident;)*) => {
+        /// The cause of a failure. [`Cause::reason`] is its stable name.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        pub enum Cause { $($(#[$doc])* $variant,)* }
+
+        impl Cause {
+            /// Every cause, for tables and tests.
+            pub const ALL: &'static [Cause] = &[$(Cause::$variant,)*];
+
+            /// The stable name used in `x-sheer-reason`, access log and metrics.
+            pub const fn reason(self) -> &'static str {
+                match self { $(Cause::$variant => $reason,)* }
+            }
+
+            /// The HTTP status that the caller sees.
+            pub const fn status(self) -> StatusCode {
+                match self { $(Cause::$variant => StatusCode::$status,)* }
+            }
+
+            /// The gRPC status code that a gRPC caller sees (canonical codes, google/rpc/code.proto).
+            pub const fn grpc_status(self) -> u8 {
+                match self { $(Cause::$variant => $grpc,)* }
+            }
+
+            /// Who is at fault.
+            pub const fn side(self) -> Side {
+                match self { $(Cause::$variant => Side::$side,)* }
+            }
+        }
+    };
+}
+
+causes! {
+    /// The request cannot be parsed or can be read in two ways.
+    BadRequest => "bad-request", BAD_REQUEST, 13, Client;
+    /// The head is larger than 60 KiB or has more than 100 fields.
+    HeadTooLarge => "head-too-large", REQUEST_HEADER_FIELDS_TOO_LARGE, 8, Client;
+    /// The head did not arrive in time.
+    HeadTimeout => "head-timeout", REQUEST_TIMEOUT, 4, Client;
+    /// The client closed or reset before the answer was complete.
+    ClientGone => "client-gone", BAD_REQUEST, 1, Client;
+    /// Plaintext, or TLS without a mesh certificate, arrived where only mesh peers are admitted.
+    PlaintextRefused => "plaintext-refused", FORBIDDEN, 16, Client;
+    /// The peer's certificate does not verify.
+    PeerUntrusted => "peer-untrusted", FORBIDDEN, 16, Client;
+    /// The peer asked for a port that the workload does not declare.
+    PortNotDeclared => "port-not-declared", NOT_FOUND, 12, Client;
+    /// The host name or address belongs to no service, and egress to it is not possible or not allowed.
+    UnknownDestination => "unknown-destination", BAD_GATEWAY, 14, Client;
+    /// The destination is one of the proxy's own ports, or an address that is never relayed to.
+    DestinationForbidden => "destination-forbidden", FORBIDDEN, 7, Client;
+    /// The service is known, but not this port of it.
+    UnknownPort => "unknown-port", BAD_GATEWAY, 14, Client;
+    /// Routes are attached to the service and none of their rules matches.
+    NoRoute => "no-route", NOT_FOUND, 12, Mesh;
+    /// The matching rule has no backend that exists.
+    NoBackend => "no-backend", INTERNAL_SERVER_ERROR, 14, Mesh;
+    /// The service has no endpoint for this port.
+    NoEndpoint => "no-endpoint", SERVICE_UNAVAILABLE, 14, Mesh;
+    /// The first use of a service needed the control plane, which did not answer within a second.
+    ControlPlaneAway => "control-plane-away", SERVICE_UNAVAILABLE, 14, Mesh;
+    /// The proxy is draining and has not processed the request.
+    Draining => "draining", SERVICE_UNAVAILABLE, 14, Mesh;
+    /// A limit of the proxy itself was reached.
+    Overloaded => "overloaded", SERVICE_UNAVAILABLE, 8, Mesh;
+    /// The request went in a circle through the mesh.
+    Loop => "loop", LOOP_DETECTED, 9, Mesh;
+    /// The proxy holds no valid certificate.
+    NoIdentity => "no-identity", SERVICE_UNAVAILABLE, 14, Mesh;
+    /// The endpoint is not one of the identities allowed for the service.
+    IdentityMismatch => "identity-mismatch", BAD_GATEWAY, 16, Mesh;
+    /// The TLS handshake with the endpoint failed.
+    TlsFailed => "tls-failed", BAD_GATEWAY, 14, Mesh;
+    /// The route's deadline passed.
+    Deadline => "deadline", GATEWAY_TIMEOUT, 4, Mesh;
+    /// Every endpoint tried refused the connection.
+    ConnectRefused => "connect-refused", BAD_GATEWAY, 14, Upstream;
+    /// No endpoint tried accepted the connection within the connect timeout.
+    ConnectTimeout => "connect-timeout", BAD_GATEWAY, 14, Upstream;
+    /// The endpoint could not be reached for another reason (no route to host, no descriptor, ...).
+    ConnectFailed => "connect-failed", BAD_GATEWAY, 14, Upstream;
+    /// The connection was reset or closed after the request had been sent and before a response head.
+    UpstreamReset => "upstream-reset", BAD_GATEWAY, 14, Upstream;
+    /// The response cannot be parsed or can be read in two ways.
+    BadResponse => "bad-response", BAD_GATEWAY, 13, Upstream;
+    /// The response broke off in its body.
+    ResponseTruncated => "response-truncated", BAD_GATEWAY, 14, Upstream;
+}
+
+impl std::fmt::Display for Cause {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.reason())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_distinct_and_fit_a_header() {
+        let mut seen = std::collections::HashSet::new();
+        for cause in Cause::ALL {
+            assert!(seen.insert(cause.reason()), "{cause} twice");
+            assert!(cause.reason().bytes().all(|b| b.is_ascii_lowercase() || b == b'-'));
+        }
+    }
+}

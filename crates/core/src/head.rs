@@ -1,0 +1,418 @@
+//! Heads of requests and responses: the one canonical form on which everything is decided and which is sent on.
+//!
+//! A head keeps the bytes it came in. Its fields are ranges over those bytes; changes are ranges over a second buffer,
+//! so that forwarding copies nothing that did not change. Names compare without regard to case and keep their spelling.
+
+use bytes::Bytes;
+use http::{Method, StatusCode};
+use smallvec::SmallVec;
+use std::ops::Range;
+
+/// The most fields a head may have.
+pub const MAX_FIELDS: usize = 100;
+
+/// The most bytes a head may have, request or status line included.
+pub const MAX_HEAD_BYTES: usize = 60 * 1024;
+
+macro_rules! known_names {
+    ($($variant:ident => $text:literal,)*) => {
+        /// Field names that the mesh itself looks at.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        #[allow(missing_docs, reason = "each is named after its field")]
+        pub enum Known { $($variant,)* /** Any other name. */ Other }
+
+        impl Known {
+            /// The lower-case name; empty for [`Known::Other`].
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Known::$variant => $text,)* Known::Other => "" }
+            }
+
+            /// Finds the name in any spelling of case.
+            pub fn of(name: &[u8]) -> Known {
+                $(if name.len() == $text.len() && name.eq_ignore_ascii_case($text.as_bytes()) { return Known::$variant; })*
+                Known::Other
+            }
+        }
+    };
+}
+
+known_names! {
+    Host => "host",
+    ContentLength => "content-length",
+    TransferEncoding => "transfer-encoding",
+    Connection => "connection",
+    KeepAlive => "keep-alive",
+    ProxyConnection => "proxy-connection",
+    ProxyAuthorization => "proxy-authorization",
+    Te => "te",
+    Trailer => "trailer",
+    Upgrade => "upgrade",
+    Http2Settings => "http2-settings",
+    Expect => "expect",
+    ContentType => "content-type",
+    GrpcStatus => "grpc-status",
+    GrpcMessage => "grpc-message",
+    GrpcTimeout => "grpc-timeout",
+    RequestId => "x-request-id",
+    ClientCert => "x-forwarded-client-cert",
+    LinkerdClientId => "l5d-client-id",
+    SheerPeer => "x-sheer-peer",
+    SheerReason => "x-sheer-reason",
+    SheerDrain => "sheer-drain",
+    SheerHops => "x-sheer-hops",
+}
+
+/// The head has more than [`MAX_FIELDS`] fields or would grow past what ranges can name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("more than {MAX_FIELDS} header fields")]
+pub struct TooManyFields;
+
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    start: u32,
+    len: u32,
+    edited: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Field {
+    known: Known,
+    name: Span,
+    value: Span,
+}
+
+/// The fields of a head, in order, repeated names kept apart.
+#[derive(Clone, Debug, Default)]
+pub struct Fields {
+    raw: Bytes,
+    edits: Vec<u8>,
+    list: SmallVec<[Field; 16]>,
+}
+
+impl Fields {
+    /// Empty fields over the received bytes that [`Fields::push_received`] will point into.
+    pub fn over(raw: Bytes) -> Self {
+        Self { raw, edits: Vec::new(), list: SmallVec::new() }
+    }
+
+    /// Adds a field that lies at these ranges of the received bytes.
+    ///
+    /// # Errors
+    /// [`TooManyFields`].
+    pub fn push_received(&mut self, name: Range<usize>, value: Range<usize>) -> Result<(), TooManyFields> {
+        let known = Known::of(&self.raw[name.clone()]);
+        let field = Field { known, name: received(name), value: received(value) };
+        self.push(field)
+    }
+
+    /// Adds a field at the end.
+    ///
+    /// # Errors
+    /// [`TooManyFields`].
+    pub fn append(&mut self, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
+        let known = Known::of(name.as_bytes());
+        let name = self.edit(name.as_bytes());
+        let value = self.edit(value);
+        self.push(Field { known, name, value })
+    }
+
+    /// Gives the name this one value, in the place of the first field that has it, or at the end.
+    ///
+    /// # Errors
+    /// [`TooManyFields`].
+    pub fn set(&mut self, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
+        let Some(first) = self.list.iter().position(|field| self.is_named(field, name)) else {
+            return self.append(name, value);
+        };
+        let span = self.edit(value);
+        self.list[first].value = span;
+        let mut place = 0;
+        let (raw, edits) = (&self.raw, &self.edits);
+        self.list.retain(|field| {
+            place += 1;
+            place - 1 <= first || !resolve(raw, edits, field.name).eq_ignore_ascii_case(name.as_bytes())
+        });
+        Ok(())
+    }
+
+    /// Removes every field of this name. True when there was one.
+    pub fn remove(&mut self, name: &str) -> bool {
+        let (raw, edits, before) = (&self.raw, &self.edits, self.list.len());
+        self.list.retain(|field| !resolve(raw, edits, field.name).eq_ignore_ascii_case(name.as_bytes()));
+        self.list.len() != before
+    }
+
+    /// Removes every field of these known names. [`Known::Other`] removes nothing.
+    pub fn remove_known(&mut self, names: &[Known]) {
+        self.list.retain(|field| field.known == Known::Other || !names.contains(&field.known));
+    }
+
+    /// The first value of a known name.
+    pub fn get(&self, known: Known) -> Option<&[u8]> {
+        self.list.iter().find(|field| field.known == known).map(|field| self.bytes(field.value))
+    }
+
+    /// All values of a known name, in order.
+    pub fn values(&self, known: Known) -> impl Iterator<Item = &[u8]> {
+        self.list.iter().filter(move |field| field.known == known).map(|field| self.bytes(field.value))
+    }
+
+    /// All values of a name, in order.
+    pub fn values_of(&self, name: &str) -> impl Iterator<Item = &[u8]> {
+        self.list.iter().filter(move |field| self.is_named(field, name)).map(|field| self.bytes(field.value))
+    }
+
+    /// Name as spelled, value, and the known name, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8], Known)> {
+        self.list.iter().map(|field| (self.bytes(field.name), self.bytes(field.value), field.known))
+    }
+
+    /// Number of fields.
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// True when there is none.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// True when any value of a comma-separated field contains the token, without regard to case.
+    pub fn has_token(&self, known: Known, token: &str) -> bool {
+        self.values(known).any(|value| tokens(value).any(|found| found.eq_ignore_ascii_case(token.as_bytes())))
+    }
+
+    fn push(&mut self, field: Field) -> Result<(), TooManyFields> {
+        if self.list.len() >= MAX_FIELDS {
+            return Err(TooManyFields);
+        }
+        self.list.push(field);
+        Ok(())
+    }
+
+    fn is_named(&self, field: &Field, name: &str) -> bool {
+        self.bytes(field.name).eq_ignore_ascii_case(name.as_bytes())
+    }
+
+    fn edit(&mut self, bytes: &[u8]) -> Span {
+        let start = self.edits.len() as u32;
+        self.edits.extend_from_slice(bytes);
+        Span { start, len: bytes.len() as u32, edited: true }
+    }
+
+    fn bytes(&self, span: Span) -> &[u8] {
+        resolve(&self.raw, &self.edits, span)
+    }
+}
+
+fn resolve<'a>(raw: &'a [u8], edits: &'a [u8], span: Span) -> &'a [u8] {
+    let from = if span.edited { edits } else { raw };
+    &from[span.start as usize..(span.start + span.len) as usize]
+}
+
+fn received(range: Range<usize>) -> Span {
+    Span { start: range.start as u32, len: range.len() as u32, edited: false }
+}
+
+/// The elements of a comma-separated field value, without surrounding blanks (RFC 9110, section 5.6.1).
+pub fn tokens(value: &[u8]) -> impl Iterator<Item = &[u8]> {
+    value.split(|byte| *byte == b',').map(|token| token.trim_ascii()).filter(|token| !token.is_empty())
+}
+
+/// The HTTP version a message arrived in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Version {
+    /// HTTP/1.0.
+    Http10,
+    /// HTTP/1.1.
+    Http11,
+    /// HTTP/2.
+    Http2,
+}
+
+/// `http` or `https`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs, reason = "as named")]
+pub enum Scheme {
+    Http,
+    Https,
+}
+
+/// A request's head.
+#[derive(Clone, Debug)]
+pub struct RequestHead {
+    /// The method; its case matters.
+    pub method: Method,
+    /// The scheme; `http` unless the client said otherwise.
+    pub scheme: Scheme,
+    /// The version it arrived in, which the mesh hop keeps.
+    pub version: Version,
+    /// The header fields, for HTTP/1 with `Host`, for HTTP/2 without it.
+    pub fields: Fields,
+    authority: Span,
+    target: Span,
+    path_len: u32,
+}
+
+impl RequestHead {
+    /// A head over received bytes. `authority` and `target` are ranges of the bytes that `fields` lie over; the target
+    /// is in origin form, or `*`, or empty for CONNECT. Both must be ASCII: the codecs refuse everything else.
+    pub fn received(
+        method: Method,
+        version: Version,
+        authority: Range<usize>,
+        target: Range<usize>,
+        fields: Fields,
+    ) -> Self {
+        let mut head = Self {
+            method,
+            scheme: Scheme::Http,
+            version,
+            authority: received(authority),
+            target: received(target),
+            path_len: 0,
+            fields,
+        };
+        head.measure_path();
+        head
+    }
+
+    /// A head of new parts, without fields.
+    pub fn new(method: Method, version: Version, authority: &str, target: &str) -> Self {
+        let mut fields = Fields::default();
+        let authority = fields.edit(authority.as_bytes());
+        let target = fields.edit(target.as_bytes());
+        let mut head = Self { method, scheme: Scheme::Http, version, fields, authority, target, path_len: 0 };
+        head.measure_path();
+        head
+    }
+
+    /// Host and optional port that the request is for: `Host`, the absolute target's, or `:authority`. As sent.
+    pub fn authority(&self) -> &str {
+        text(self.fields.bytes(self.authority))
+    }
+
+    /// The authority without its port and without a trailing dot. Case as sent.
+    pub fn host(&self) -> &str {
+        let authority = self.authority();
+        let host = match authority.rfind(']') {
+            Some(end) => &authority[..=end],
+            None => authority.split(':').next().unwrap_or(authority),
+        };
+        host.strip_suffix('.').unwrap_or(host)
+    }
+
+    /// Path and query as sent.
+    pub fn target(&self) -> &str {
+        text(self.fields.bytes(self.target))
+    }
+
+    /// The path alone, as sent: no decoding, no merging of slashes.
+    pub fn path(&self) -> &str {
+        &self.target()[..self.path_len as usize]
+    }
+
+    /// What follows the first `?`.
+    pub fn query(&self) -> Option<&str> {
+        self.target().get(self.path_len as usize + 1..)
+    }
+
+    /// Changes the authority, and `Host` with it where the head has one.
+    pub fn set_authority(&mut self, authority: &str) {
+        self.authority = self.fields.edit(authority.as_bytes());
+        if self.fields.get(Known::Host).is_some() {
+            // The name is there, so no field is added.
+            let _ = self.fields.set(Known::Host.as_str(), authority.as_bytes());
+        }
+    }
+
+    /// Changes path and query.
+    pub fn set_target(&mut self, target: &str) {
+        self.target = self.fields.edit(target.as_bytes());
+        self.measure_path();
+    }
+
+    /// True when the content type says gRPC.
+    pub fn is_grpc(&self) -> bool {
+        self.fields.get(Known::ContentType).is_some_and(|value| value.starts_with(b"application/grpc"))
+    }
+
+    fn measure_path(&mut self) {
+        let target = self.target();
+        self.path_len = target.find('?').unwrap_or(target.len()) as u32;
+    }
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap_or_default()
+}
+
+/// A response's head.
+#[derive(Clone, Debug)]
+pub struct ResponseHead {
+    /// The status.
+    pub status: StatusCode,
+    /// The version it arrived in.
+    pub version: Version,
+    /// The header fields.
+    pub fields: Fields,
+}
+
+impl ResponseHead {
+    /// A head without fields.
+    pub fn new(status: StatusCode) -> Self {
+        Self { status, version: Version::Http11, fields: Fields::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> RequestHead {
+        let raw = Bytes::from_static(b"GET /a/b?x=1 HTTP/1.1\r\nHost: Web:80\r\nX-A: 1\r\nx-a: 2\r\n\r\n");
+        let mut fields = Fields::over(raw);
+        fields.push_received(23..27, 29..35).unwrap();
+        fields.push_received(37..40, 42..43).unwrap();
+        fields.push_received(45..48, 50..51).unwrap();
+        RequestHead::received(Method::GET, Version::Http11, 29..35, 4..12, fields)
+    }
+
+    #[test]
+    fn parts_are_ranges_of_what_was_received() {
+        let head = sample();
+        assert_eq!((head.authority(), head.host()), ("Web:80", "Web"));
+        assert_eq!((head.path(), head.query()), ("/a/b", Some("x=1")));
+        assert_eq!(head.fields.values_of("x-A").collect::<Vec<_>>(), [b"1", b"2"]);
+    }
+
+    #[test]
+    fn edits_leave_the_rest_alone() {
+        let mut head = sample();
+        head.fields.set("x-a", b"3").unwrap();
+        head.fields.append("x-b", b"4").unwrap();
+        head.set_authority("api");
+        head.set_target("/c");
+        let all: Vec<_> = head.fields.iter().map(|(name, value, _)| (text(name), text(value))).collect();
+        assert_eq!(all, [("Host", "api"), ("X-A", "3"), ("x-b", "4")]);
+        assert_eq!((head.path(), head.query()), ("/c", None));
+        assert!(head.fields.remove("X-A") && !head.fields.remove("x-a"));
+    }
+
+    #[test]
+    fn hosts_lose_port_and_trailing_dot() {
+        for (authority, host) in [("a:80", "a"), ("a.", "a"), ("[::1]:80", "[::1]"), ("[::1]", "[::1]"), ("", "")] {
+            assert_eq!(RequestHead::new(Method::GET, Version::Http2, authority, "/").host(), host);
+        }
+    }
+
+    #[test]
+    fn fields_are_bounded() {
+        let mut fields = Fields::default();
+        for _ in 0..MAX_FIELDS {
+            fields.append("a", b"b").unwrap();
+        }
+        assert_eq!(fields.append("a", b"b"), Err(TooManyFields));
+    }
+}

@@ -1,0 +1,17 @@
+//! What the mesh means: resources, compilation, and the decisions taken for each request.
+//!
+//! This crate is pure. It opens no socket, reads no clock and draws no random number: `now` and randomness are
+//! arguments. The same compiled code decides in the proxy, in previews and explanations, in tests and in fuzzing.
+//!
+//! - [`name`], [`identity`]: names of services and workloads.
+//! - [`wire`]: the messages between control plane and proxy.
+//! - [`head`]: a request's or response's head, on which every decision is taken.
+//! - [`cause`]: why a request failed, and what each reader is told of it.
+//! - [`histogram`]: the latency buckets that proxies, control plane and command line share.
+
+pub mod cause;
+pub mod head;
+pub mod histogram;
+pub mod identity;
+pub mod name;
+pub mod wire;

@@ -1,0 +1,3 @@
+//! The data plane: one proxy beside one workload.
+
+pub mod plan;

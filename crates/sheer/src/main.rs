@@ -1,0 +1,2 @@
+//! Entry point of the `sheer` binary.
+fn main() {}

@@ -1,0 +1,1 @@
+//! A whole mesh in one process or in network namespaces, for tests.
