@@ -12,7 +12,7 @@ pub use generated::google::rpc;
 pub use generated::sheer::v1;
 
 // The nesting is that of the .proto packages: generated code refers to its neighbours by relative paths.
-#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+#[allow(missing_docs, unreachable_pub, clippy::all, rustdoc::all, reason = "generated")]
 mod generated {
     pub mod google {
         pub mod rpc {
