@@ -1,0 +1,88 @@
+# Everything a person or a CI job does with this repository. `make help` lists the targets.
+#
+# All output goes below target/; tools that cargo can build are installed to target/tools, never system-wide.
+# System packages are listed first; a terminal is asked before they are installed (YES=1: do not ask).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+CARGO ?= cargo
+TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
+TOOLS := $(TARGET)/tools
+CARGO_DENY_VERSION := 0.20.2
+CARGO_DENY := $(TOOLS)/bin/cargo-deny-$(CARGO_DENY_VERSION)
+
+# Tests and the demonstration share these; `make demo ARGS='--for 60s'`.
+ARGS ?=
+YES ?=
+export YES
+
+.PHONY: help
+help: ## List the targets
+	@echo 'Sheer: a service mesh you do not see. Targets:'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: ## Build and run the mesh with its sample application, load and dashboard, until Ctrl-C
+	@scripts/packages demo
+	@echo 'Building sheer (the first build takes a few minutes) ...'
+	@$(CARGO) build --locked --profile quick -p sheer
+	@exec $(TARGET)/quick/sheer demo $(ARGS)
+
+.PHONY: build
+build: ## Build the release binary, target/release/sheer
+	@scripts/packages build
+	$(CARGO) build --locked --release -p sheer
+	@ls -l $(TARGET)/release/sheer
+
+.PHONY: test
+test: packages check unit ## What CI runs: check, all tests
+
+.PHONY: packages
+packages:
+	@scripts/packages test
+
+.PHONY: check
+check: fmt clippy doc boundaries deny ## Formatting, lints, documentation, crate boundaries, dependency policy
+
+.PHONY: fmt
+fmt: ## Formatting alone
+	$(CARGO) fmt --all --check
+
+.PHONY: clippy
+clippy: ## Lints alone
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+.PHONY: doc
+doc: ## Documentation alone, to target/doc
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
+
+.PHONY: boundaries
+boundaries: ## Which crate may depend on what
+	@scripts/boundaries
+
+.PHONY: deny
+deny: $(CARGO_DENY) ## Dependency policy (deny.toml) alone
+	@scripts/deny $(CARGO_DENY)
+
+# A debug build of the tool takes under a minute; it runs for a second.
+$(CARGO_DENY):
+	$(CARGO) install --quiet --debug --locked --force cargo-deny@$(CARGO_DENY_VERSION) --root $(TOOLS) --target-dir $(TOOLS)/build
+	@mv $(TOOLS)/bin/cargo-deny $@
+	@rm -rf $(TOOLS)/build
+
+.PHONY: unit
+unit: ## All tests of all crates
+	$(CARGO) test --locked --workspace
+
+.PHONY: bench
+bench: ## Measure Sheer beside Envoy, HAProxy and nginx (see bench/README.md)
+	@scripts/packages bench
+	$(CARGO) build --locked --profile quick -p sheer
+	@bench/run $(ARGS)
+
+.PHONY: clean
+clean: ## Remove everything that was built
+	$(CARGO) clean
