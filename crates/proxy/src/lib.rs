@@ -1,3 +1,5 @@
 //! The data plane: one proxy beside one workload.
 
+pub mod body;
+pub mod io;
 pub mod plan;

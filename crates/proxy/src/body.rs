@@ -1,0 +1,151 @@
+//! Messages as the data path sees them, whatever protocol they came in: one request, one response, one body.
+//!
+//! Nothing here is `Send`: a message lives and dies inside one worker thread.
+
+use bytes::Bytes;
+use sheer_core::head::{Fields, RequestHead, ResponseHead};
+use std::fmt;
+use std::future::poll_fn;
+use std::io;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+/// A request on its way.
+#[derive(Debug)]
+pub struct Request {
+    /// What it asks for.
+    pub head: RequestHead,
+    /// What it carries.
+    pub body: Body,
+    /// Where interim answers (`100 Continue`, `103 Early Hints`) to it go.
+    pub interim: Interim,
+}
+
+impl Request {
+    /// A request whose interim answers nobody wants.
+    pub fn new(head: RequestHead, body: Body) -> Self {
+        Self { head, body, interim: Interim::default() }
+    }
+}
+
+/// A response on its way.
+#[derive(Debug)]
+pub struct Response {
+    /// What it says.
+    pub head: ResponseHead,
+    /// What it carries. The connection it comes from goes back to its pool when the body has ended.
+    pub body: Body,
+}
+
+/// A part of a body.
+#[derive(Debug)]
+pub enum Frame {
+    /// Some bytes, never none.
+    Data(Bytes),
+    /// The trailer fields. Nothing follows. Boxed, since they are rare and large.
+    Trailers(Box<Fields>),
+}
+
+/// How long a body will be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Length {
+    /// So many bytes remain.
+    Known(u64),
+    /// As many as come.
+    Unknown,
+}
+
+/// Why a body ended before its end.
+#[derive(Debug, thiserror::Error)]
+pub enum BodyError {
+    /// The sender closed the connection in the middle.
+    #[error("the sender closed before the end of the body")]
+    Truncated,
+    /// The framing cannot be read.
+    #[error("malformed body: {0}")]
+    Malformed(&'static str),
+    /// The sender reset the stream with this HTTP/2 error code.
+    #[error("the sender reset the stream with HTTP/2 error code {0}")]
+    Reset(u32),
+    /// The connection failed.
+    #[error("the connection failed while the body was read")]
+    Io(#[from] io::Error),
+}
+
+/// A body, concrete and unboxed.
+#[derive(Debug, Default)]
+pub enum Body {
+    /// No bytes.
+    #[default]
+    Empty,
+    /// All bytes, already here.
+    Full(Bytes),
+}
+
+impl Body {
+    /// How many bytes remain.
+    pub fn length(&self) -> Length {
+        match self {
+            Body::Empty => Length::Known(0),
+            Body::Full(bytes) => Length::Known(bytes.len() as u64),
+        }
+    }
+
+    /// True when neither bytes nor trailers will come.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Body::Empty => true,
+            Body::Full(bytes) => bytes.is_empty(),
+        }
+    }
+
+    /// The next part; `None` at the end. After an error nothing more comes.
+    pub fn poll_frame(&mut self, _cx: &mut Context<'_>) -> Poll<Option<Result<Frame, BodyError>>> {
+        match std::mem::take(self) {
+            Body::Empty => Poll::Ready(None),
+            Body::Full(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Body::Full(bytes) => Poll::Ready(Some(Ok(Frame::Data(bytes)))),
+        }
+    }
+
+    /// The next part; `None` at the end. Cancel safe: a part is never lost.
+    pub async fn frame(&mut self) -> Option<Result<Frame, BodyError>> {
+        poll_fn(|cx| self.poll_frame(cx)).await
+    }
+}
+
+impl From<Bytes> for Body {
+    fn from(bytes: Bytes) -> Self {
+        if bytes.is_empty() { Body::Empty } else { Body::Full(bytes) }
+    }
+}
+
+/// Takes interim answers of one client connection.
+pub trait InterimSink {
+    /// Queues an interim answer (1xx, never 101) to be written before the final one.
+    fn send(&self, head: ResponseHead);
+}
+
+/// The way back for interim answers. Cloning is cheap, so that each try of a request can hold it; the default drops them.
+#[derive(Clone, Default)]
+pub struct Interim(Option<Rc<dyn InterimSink>>);
+
+impl Interim {
+    /// Answers go to this connection.
+    pub fn to(sink: Rc<dyn InterimSink>) -> Self {
+        Self(Some(sink))
+    }
+
+    /// Passes an interim answer on.
+    pub fn send(&self, head: ResponseHead) {
+        if let Some(sink) = &self.0 {
+            sink.send(head);
+        }
+    }
+}
+
+impl fmt::Debug for Interim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Interim" } else { "Interim(none)" })
+    }
+}
