@@ -6,12 +6,19 @@
 //! - [`name`], [`identity`]: names of services and workloads.
 //! - [`wire`]: the messages between control plane and proxy.
 //! - [`head`]: a request's or response's head, on which every decision is taken.
+//! - [`snapshot`], [`assemble`]: what a proxy decides with, made from wire messages.
+//! - [`route`], [`balance`], [`retry`]: which rule, which endpoint, whether again.
 //! - [`cause`]: why a request failed, and what each reader is told of it.
 //! - [`histogram`]: the latency buckets that proxies, control plane and command line share.
 
+pub mod assemble;
+pub mod balance;
 pub mod cause;
 pub mod head;
 pub mod histogram;
 pub mod identity;
 pub mod name;
+pub mod retry;
+pub mod route;
+pub mod snapshot;
 pub mod wire;
