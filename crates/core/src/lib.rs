@@ -10,9 +10,12 @@
 //! - [`route`], [`balance`], [`retry`]: which rule, which endpoint, whether again.
 //! - [`cause`]: why a request failed, and what each reader is told of it.
 //! - [`histogram`]: the latency buckets that proxies, control plane and command line share.
+//! - [`token`]: join tokens.
+//! - [`api`]: the JSON between control plane and command line.
 
 pub mod assemble;
 pub mod balance;
+pub mod api;
 pub mod cause;
 pub mod head;
 pub mod histogram;
@@ -21,4 +24,5 @@ pub mod name;
 pub mod retry;
 pub mod route;
 pub mod snapshot;
+pub mod token;
 pub mod wire;
