@@ -1,1 +1,9 @@
-//! A whole mesh in one process or in network namespaces, for tests.
+//! Tests only: hosts as network namespaces, the `sheer` binary and real programs on them, and waiting on conditions.
+//!
+//! A scenario reads like a script: make a [`net::Net`], put [`net::Host`]s on it, start programs, wait until something
+//! holds, break something, look again. Whatever a scenario made is gone when it ends; what a killed one left is removed
+//! by the next.
+
+pub mod net;
+pub mod program;
+pub mod wait;
