@@ -1,0 +1,69 @@
+//! The command line: the tree of commands and the flags that all of them share.
+
+use clap::builder::styling::{AnsiColor, Styles};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Green.on_default().bold())
+    .usage(AnsiColor::Green.on_default().bold())
+    .literal(AnsiColor::Cyan.on_default().bold())
+    .placeholder(AnsiColor::Cyan.on_default());
+
+/// A service mesh you don't see
+///
+/// Services keep talking plain HTTP, gRPC or TCP to a service's name. Sheer stands beside them: it finds, balances,
+/// encrypts, authenticates and records every call.
+#[derive(Parser)]
+#[command(
+    name = "sheer",
+    version,
+    styles = STYLES,
+    disable_help_subcommand = true,
+    max_term_width = 110,
+    after_help = "Begin here:
+  sheer up                                          # one terminal: control plane
+  sheer run api --port 8081 -- python3 -m http.server 8081
+  sheer run web --port 8080 --publish 8080 -- ./web # 'web' calls http://api/
+  sheer stat                                        # who talks to whom, how well"
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+
+    #[command(flatten)]
+    pub(crate) shared: Shared,
+}
+
+/// Flags of every command.
+#[derive(Args)]
+#[command(next_help_heading = "Flags of every command")]
+pub(crate) struct Shared {
+    /// A YAML file whose keys are flag names; flags and SHEER_* variables win over it
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(crate) settings: Option<PathBuf>,
+
+    /// Print the effective settings and where each came from, and do nothing else
+    #[arg(long, global = true)]
+    pub(crate) print_settings: bool,
+
+    /// What to log on standard error: error, warn, info, debug, trace, or TARGET=LEVEL,...
+    #[arg(long, value_name = "FILTER", global = true, default_value = "info", hide_default_value = true)]
+    pub(crate) log: String,
+
+    /// How to log
+    #[arg(long, value_name = "FORMAT", global = true, default_value = "text", hide_default_value = true)]
+    pub(crate) log_format: crate::logging::Format,
+}
+
+/// One variant a verb; each verb is a file in `cmd/`.
+#[derive(Subcommand)]
+pub(crate) enum Command {}
+
+impl Command {
+    /// Runs the command; its exit status is the process's.
+    pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
+        match self {}
+    }
+}
