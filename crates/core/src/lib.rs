@@ -13,9 +13,9 @@
 //! - [`token`]: join tokens.
 //! - [`api`]: the JSON between control plane and command line.
 
+pub mod api;
 pub mod assemble;
 pub mod balance;
-pub mod api;
 pub mod cause;
 pub mod head;
 pub mod histogram;

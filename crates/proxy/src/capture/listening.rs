@@ -1,0 +1,169 @@
+//! Which ports the workload's processes listen on, read from the kernel's socket tables.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+
+/// The socket tables of one network namespace. They show the namespace in which they were opened, whoever reads them.
+#[derive(Debug)]
+pub struct Ports {
+    tables: Vec<File>,
+}
+
+/// The sockets in LISTEN state, by port.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listening {
+    ports: BTreeMap<u16, Vec<IpAddr>>,
+}
+
+impl Ports {
+    /// The tables `/proc/net/tcp` and `tcp6` of a namespace, opened inside it.
+    pub fn of(tables: Vec<OwnedFd>) -> Self {
+        Self { tables: tables.into_iter().map(File::from).collect() }
+    }
+
+    /// The tables of the namespace that this process is in.
+    ///
+    /// # Errors
+    /// When /proc is not there.
+    pub fn here() -> io::Result<Self> {
+        let mut tables = vec![File::open("/proc/net/tcp")?];
+        // Absent where IPv6 is switched off.
+        tables.extend(File::open("/proc/net/tcp6").ok());
+        Ok(Self { tables })
+    }
+
+    /// Looks. It takes as long as the tables are: some microseconds in a namespace of one workload.
+    ///
+    /// # Errors
+    /// When a table cannot be read.
+    pub fn look(&self) -> io::Result<Listening> {
+        let mut found = Listening::default();
+        for table in &self.tables {
+            let text = whole(table)?;
+            for line in text.split(|byte| *byte == b'\n').skip(1) {
+                if let Some(address) = std::str::from_utf8(line).ok().and_then(listener) {
+                    found.ports.entry(address.1).or_default().push(address.0);
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl Listening {
+    /// Whether anything listens on the port.
+    pub fn contains(&self, port: u16) -> bool {
+        self.ports.contains_key(&port)
+    }
+
+    /// All ports, ascending.
+    pub fn ports(&self) -> impl Iterator<Item = u16> + '_ {
+        self.ports.keys().copied()
+    }
+
+    /// Where to connect for the port from inside the namespace: loopback where the listener takes it, otherwise the
+    /// address it is bound to. `None` when nothing listens.
+    pub fn address(&self, port: u16) -> Option<IpAddr> {
+        let bound = self.ports.get(&port)?;
+        let has = |wanted: IpAddr| bound.contains(&wanted);
+        let (v4, v6) = (IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED));
+        if has(v4) || has(IpAddr::V4(Ipv4Addr::LOCALHOST)) {
+            return Some(Ipv4Addr::LOCALHOST.into());
+        }
+        if has(v6) || has(IpAddr::V6(Ipv6Addr::LOCALHOST)) {
+            // A wildcard socket of IPv6 may take IPv6 alone; its own family is certain.
+            return Some(Ipv6Addr::LOCALHOST.into());
+        }
+        bound.first().copied()
+    }
+}
+
+fn whole(table: &File) -> io::Result<Vec<u8>> {
+    // By offset, since copies of the descriptor in other processes share the position.
+    let (mut text, mut length) = (vec![0; 16 * 1024], 0);
+    loop {
+        if length == text.len() {
+            text.resize(text.len() * 2, 0);
+        }
+        match table.read_at(&mut text[length..], length as u64) {
+            Ok(0) => break,
+            Ok(read) => length += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    text.truncate(length);
+    Ok(text)
+}
+
+/// The address of a line of the table when its socket listens.
+fn listener(line: &str) -> Option<(IpAddr, u16)> {
+    const LISTEN: &str = "0A";
+    let mut fields = line.split_ascii_whitespace().skip(1);
+    let (local, _remote, state) = (fields.next()?, fields.next()?, fields.next()?);
+    if state != LISTEN {
+        return None;
+    }
+    endpoint(local)
+}
+
+/// An address of the table: groups of four bytes in the machine's order, in hexadecimal, a colon, the port.
+pub(super) fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
+    let (address, port) = text.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    let word = |at: usize| Some(u32::from_str_radix(address.get(at..at + 8)?, 16).ok()?.to_ne_bytes());
+    let ip: IpAddr = match address.len() {
+        8 => IpAddr::from(word(0)?),
+        32 => {
+            let mut bytes = [0; 16];
+            for (index, chunk) in bytes.chunks_exact_mut(4).enumerate() {
+                chunk.copy_from_slice(&word(index * 8)?);
+            }
+            IpAddr::from(bytes)
+        }
+        _ => return None,
+    };
+    Some((ip, port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_the_table() {
+        if cfg!(target_endian = "little") {
+            assert_eq!(endpoint("0100007F:1F90"), Some((IpAddr::from([127, 0, 0, 1]), 8080)));
+            assert_eq!(endpoint("00000000000000000000000001000000:0050"), Some((IpAddr::V6(Ipv6Addr::LOCALHOST), 80)));
+        }
+        for bad in ["", "0100007F", "0100007F:", "01:1F90", "zz00007F:1F90"] {
+            assert_eq!(endpoint(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_listener_is_seen_while_it_listens() {
+        let ports = Ports::here().unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        assert_eq!(ports.look().unwrap().address(port), Some(Ipv4Addr::LOCALHOST.into()));
+        drop(listener);
+        assert!(!ports.look().unwrap().contains(port));
+    }
+
+    #[test]
+    fn loopback_is_preferred() {
+        let mut found = Listening::default();
+        found.ports.insert(1, vec![IpAddr::from([192, 0, 0, 8])]);
+        found.ports.insert(2, vec![Ipv6Addr::UNSPECIFIED.into()]);
+        found.ports.insert(3, vec![Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()]);
+        assert_eq!(found.address(1), Some(IpAddr::from([192, 0, 0, 8])));
+        assert_eq!(found.address(2), Some(Ipv6Addr::LOCALHOST.into()));
+        assert_eq!(found.address(3), Some(Ipv4Addr::LOCALHOST.into()));
+        assert_eq!(found.address(4), None);
+    }
+}

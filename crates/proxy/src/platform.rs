@@ -1,0 +1,236 @@
+//! What the kernel offers and the standard library does not: inherited sockets, sockets passed between processes, the
+//! first steps of a child. The only unsafe code of Sheer; each block says why it is sound.
+#![allow(unsafe_code)]
+
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Mutex;
+
+/// At most this many descriptors travel in one message (the kernel's limit is 253).
+pub const MAX_PASSED: usize = 64;
+
+/// Takes ownership of a descriptor that the parent process left open for this one, and makes it close-on-exec.
+///
+/// # Errors
+/// When `number` is a standard stream, is not open, or was not inherited (also the second time for the same number).
+pub fn adopt(number: RawFd) -> io::Result<OwnedFd> {
+    static ADOPTING: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = ADOPTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let refuse = |why: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("descriptor {number} {why}"));
+    if number <= 2 {
+        return Err(refuse("is a standard stream"));
+    }
+    // SAFETY: F_GETFD reads a flag of the descriptor table; an unknown number is answered with EBADF.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    if flags < 0 {
+        return Err(refuse("is not open"));
+    }
+    if flags & libc::FD_CLOEXEC != 0 {
+        return Err(refuse("was not inherited"));
+    }
+    // SAFETY: as above; the flag alone changes.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: The number is open. Everything this program opens is close-on-exec from birth (std, tokio and socket2 see
+    // to that, and so do our calls of nix), and this one was not, so it came from the parent and nobody here owns it.
+    // From now on it is close-on-exec, so a second call is refused.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Sends one message and copies of descriptors over a unix socket; retries when interrupted.
+///
+/// # Errors
+/// As of sendmsg(2); `WouldBlock` where the socket does not block.
+pub fn send_with(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let numbers: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
+    let rights = [ControlMessage::ScmRights(&numbers)];
+    let control: &[ControlMessage<'_>] = if numbers.is_empty() { &[] } else { &rights };
+    loop {
+        match sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None) {
+            Ok(_) => return Ok(()),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Receives one message and the descriptors that came with it; the number of bytes, 0 at the end of the stream.
+///
+/// # Errors
+/// As of recvmsg(2); `WouldBlock` when there is nothing and `wait` is false or the socket does not block.
+pub fn receive_with(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+    wait: bool,
+) -> io::Result<usize> {
+    let mut space = nix::cmsg_space!([RawFd; MAX_PASSED]);
+    let mut flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    if !wait {
+        flags |= MsgFlags::MSG_DONTWAIT;
+    }
+    loop {
+        let mut pieces = [IoSliceMut::new(buffer)];
+        let message = match recvmsg::<()>(socket.as_raw_fd(), &mut pieces, Some(&mut space), flags) {
+            Ok(message) => message,
+            Err(nix::errno::Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        };
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(numbers) = control {
+                // SAFETY: The kernel has just opened these numbers for this message; nobody else knows them.
+                descriptors.extend(numbers.into_iter().map(|number| unsafe { OwnedFd::from_raw_fd(number) }));
+            }
+        }
+        return Ok(message.bytes);
+    }
+}
+
+/// Where a connection was going before nftables redirected it, or `None` for one that was not redirected.
+pub fn original_destination(socket: impl AsFd) -> Option<SocketAddr> {
+    let socket = socket2::SockRef::from(&socket);
+    let local = socket.local_addr().ok()?.as_socket()?;
+    let mapped = matches!(local, SocketAddr::V6(v6) if v6.ip().to_ipv4_mapped().is_some());
+    let found = if local.is_ipv4() || mapped { socket.original_dst_v4() } else { socket.original_dst_v6() };
+    let found = found.ok()?.as_socket()?;
+    let here = SocketAddr::new(local.ip().to_canonical(), local.port());
+    (found != here).then_some(found)
+}
+
+/// User, group and supplementary groups of a child.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Account {
+    /// User id.
+    pub user: u32,
+    /// Group id.
+    pub group: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+}
+
+/// How a child begins, between fork and exec.
+#[derive(Clone, Debug, Default)]
+pub struct Birth {
+    /// Descriptors that stay open in the child, under their numbers.
+    pub keep: Vec<RawFd>,
+    /// Close every other descriptor but the standard streams (kernel 5.11; before it, what is close-on-exec alone).
+    pub close_others: bool,
+    /// The signal the child receives when its parent dies.
+    pub dies_with_parent: Option<i32>,
+    /// The process group to join; 0 makes one of its own.
+    pub group: Option<i32>,
+    /// Whom the child runs as.
+    pub account: Option<Account>,
+}
+
+/// Lets the next child of `command` begin as `birth` says.
+///
+/// The child fails to start when it cannot take on its account or when its parent has died meanwhile.
+pub fn prepare(command: &mut Command, birth: Birth) {
+    let parent = std::process::id();
+    let groups: Vec<libc::gid_t> = birth.account.iter().flat_map(|account| account.groups.clone()).collect();
+    let begin = move || -> io::Result<()> {
+        let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+        // SAFETY: Between fork and exec only async-signal-safe calls may be made and nothing may be allocated. These are
+        // plain system calls on numbers and on memory that was filled before the fork and lives in this closure.
+        unsafe {
+            if let Some(group) = birth.group {
+                // A group that has vanished is no reason not to start: the child then keeps its parent's.
+                let _ = libc::setpgid(0, group);
+            }
+            if let Some(account) = &birth.account {
+                check(libc::setgroups(groups.len(), groups.as_ptr()))?;
+                check(libc::setresgid(account.group, account.group, account.group))?;
+                check(libc::setresuid(account.user, account.user, account.user))?;
+            }
+            if birth.close_others {
+                libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
+            }
+            for number in &birth.keep {
+                let flags = libc::fcntl(*number, libc::F_GETFD);
+                check(flags)?;
+                check(libc::fcntl(*number, libc::F_SETFD, flags & !libc::FD_CLOEXEC))?;
+            }
+            if let Some(signal) = birth.dies_with_parent {
+                // After the change of account, which would clear it.
+                check(libc::prctl(libc::PR_SET_PDEATHSIG, signal as libc::c_ulong))?;
+                if libc::getppid() as u32 != parent {
+                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
+                }
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: See inside: only system calls, no allocation, no lock.
+    unsafe { command.pre_exec(begin) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use std::os::fd::IntoRawFd;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn descriptors_travel_with_their_message() {
+        let (here, there) = pair();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        send_with(here.as_fd(), b"one", &[listener.as_fd(), listener.as_fd()]).unwrap();
+        let (mut buffer, mut received) = ([0; 16], Vec::new());
+        assert_eq!(receive_with(there.as_fd(), &mut buffer, &mut received, false).unwrap(), 3);
+        assert_eq!(received.len(), 2);
+        let copy = std::net::TcpListener::from(received.remove(0));
+        assert_eq!(copy.local_addr().unwrap(), listener.local_addr().unwrap());
+        let error = receive_with(there.as_fd(), &mut buffer, &mut received, false).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        drop(here);
+        assert_eq!(receive_with(there.as_fd(), &mut buffer, &mut received, true).unwrap(), 0);
+    }
+
+    #[test]
+    fn only_inherited_descriptors_are_adopted_and_once() {
+        assert!(adopt(1).is_err());
+        let own = std::fs::File::open("/dev/null").unwrap();
+        assert!(adopt(own.as_raw_fd()).is_err(), "close-on-exec: not inherited");
+        let number = own.into_raw_fd();
+        nix::fcntl::fcntl(
+            // SAFETY: `number` is open, given up by the file above and owned by nobody.
+            unsafe { BorrowedFd::borrow_raw(number) },
+            nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
+        )
+        .unwrap();
+        let adopted = adopt(number).unwrap();
+        assert_eq!(adopted.as_raw_fd(), number);
+        assert!(adopt(number).is_err());
+    }
+
+    #[test]
+    fn a_child_keeps_what_it_is_given_and_nothing_else() {
+        let (kept, other) = (std::fs::File::open("/dev/null").unwrap(), std::fs::File::open("/dev/zero").unwrap());
+        let mut command = Command::new("ls");
+        command.arg("-l").arg("/proc/self/fd");
+        prepare(
+            &mut command,
+            Birth {
+                keep: vec![kept.as_raw_fd()],
+                close_others: true,
+                dies_with_parent: Some(libc::SIGKILL),
+                group: Some(0),
+                account: None,
+            },
+        );
+        let output = command.output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains(&format!(" {} -> /dev/null", kept.as_raw_fd())), "{text}");
+        assert!(!text.contains(&format!(" {} -> /dev/zero", other.as_raw_fd())), "{text}");
+    }
+}
