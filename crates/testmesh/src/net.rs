@@ -1,79 +1,67 @@
-//! Hosts as network namespaces, joined by a router that can cut them off from each other.
+//! Hosts as namespaces, joined by a router that can cut them off from each other.
 //!
-//! Every host has a network of its own and reaches the others through the router alone: there is nothing else that
-//! they share. Names carry the test's process id, so that what a killed test left can be told and removed.
+//! A host is a process that does nothing but hold a network, a mount and a host-name namespace with its own `/run`,
+//! `/etc/sheer` and `/var/lib/sheer`; other programs are started inside. Hosts reach each other through the router alone:
+//! there is nothing else that they share. The kernel ends the holders with the test, and the namespaces with them, also
+//! when the test is killed.
 
 use crate::program::run;
+use crate::wait;
 use anyhow::{Context, Result};
+use nix::sched::{CloneFlags, setns};
 use std::cell::Cell;
+use std::fs::File;
 use std::net::Ipv4Addr;
-use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-
-const PREFIX: &str = "shtest";
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 /// A network of hosts.
 pub struct Net {
-    id: String,
+    router: Holder,
     hosts: Cell<u8>,
     directory: tempfile::TempDir,
 }
 
-/// A host: a network namespace with an address.
-#[derive(Clone, Debug)]
+/// A host with an address. It ends when this is dropped.
 pub struct Host {
-    namespace: String,
-    address: Ipv4Addr,
-    router: String,
+    holder: Holder,
+    number: u8,
 }
 
+/// A process that holds namespaces.
+struct Holder(Child);
+
 impl Net {
-    /// An empty network. Needs root, since it makes network namespaces.
+    /// An empty network. Needs root, since it makes namespaces.
     ///
     /// # Errors
     /// When a namespace cannot be made.
     pub fn new() -> Result<Self> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        remove_leftovers()?;
-        let id = format!("{PREFIX}-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
-        let net = Self { id, hosts: Cell::new(0), directory: tempfile::tempdir()? };
-        let router = net.router();
-        ip(&["netns", "add", &router])?;
-        inside(&router, &["sysctl", "-qw", "net.ipv4.ip_forward=1"])?;
-        inside(&router, &["ip", "link", "set", "lo", "up"])?;
-        let table = "add table inet cut; add chain inet cut forward { type filter hook forward priority 0; }";
-        inside(&router, &["nft", table])?;
-        Ok(net)
+        let router = Holder::start("router")?;
+        router.run(&["sysctl", "-qw", "net.ipv4.ip_forward=1"])?;
+        router
+            .run(&["nft", "add table inet cut; add chain inet cut forward { type filter hook forward priority 0; }"])?;
+        Ok(Self { router, hosts: Cell::new(0), directory: tempfile::tempdir()? })
     }
 
     /// Adds a host with the network 10.91.N.0/24 and the address 10.91.N.2.
     ///
     /// # Errors
-    /// When its namespace or link cannot be made.
-    pub fn host(&self) -> Result<Host> {
+    /// When its namespaces or its link cannot be made.
+    pub fn host(&self, name: &str) -> Result<Host> {
         let number = self.hosts.get() + 1;
         self.hosts.set(number);
-        let namespace = format!("{}-h{number}", self.id);
-        let router = self.router();
-        let (near, far) = (format!("r{number}"), "eth0");
-        let address = Ipv4Addr::new(10, 91, number, 2);
-        ip(&["netns", "add", &namespace])?;
-        ip(&["link", "add", &near, "netns", &router, "type", "veth", "peer", "name", far, "netns", &namespace])?;
-        for arguments in [
-            vec!["ip", "addr", "add", &format!("10.91.{number}.1/24"), "dev", &near],
-            vec!["ip", "link", "set", &near, "up"],
-        ] {
-            inside(&router, &arguments)?;
-        }
-        for arguments in [
-            vec!["ip", "link", "set", "lo", "up"],
-            vec!["ip", "addr", "add", &format!("{address}/24"), "dev", far],
-            vec!["ip", "link", "set", far, "up"],
-            vec!["ip", "route", "add", "default", "via", &format!("10.91.{number}.1")],
-        ] {
-            inside(&namespace, &arguments)?;
-        }
-        Ok(Host { namespace, address, router })
+        let holder = Holder::start(name)?;
+        let (near, pid) = (format!("r{number}"), holder.0.id().to_string());
+        let (gateway, address) = (format!("10.91.{number}.1"), format!("10.91.{number}.2/24"));
+        self.router.run(&["ip", "link", "add", &near, "type", "veth", "peer", "name", "eth0", "netns", &pid])?;
+        self.router.run(&["ip", "addr", "add", &format!("{gateway}/24"), "dev", &near])?;
+        self.router.run(&["ip", "link", "set", &near, "up"])?;
+        holder.run(&["ip", "addr", "add", &address, "dev", "eth0"])?;
+        holder.run(&["ip", "link", "set", "eth0", "up"])?;
+        holder.run(&["ip", "route", "add", "default", "via", &gateway])?;
+        Ok(Host { holder, number })
     }
 
     /// Drops every packet between two hosts, without telling either.
@@ -81,9 +69,19 @@ impl Net {
     /// # Errors
     /// When the rule cannot be made.
     pub fn cut(&self, one: &Host, other: &Host) -> Result<()> {
-        for (from, to) in [(one, other), (other, one)] {
-            let rule = format!("add rule inet cut forward ip saddr {} ip daddr {} drop", from.address, to.address);
-            inside(&self.router(), &["nft", &rule])?;
+        for (from, to) in [(one.address(), other.address()), (other.address(), one.address())] {
+            self.router.run(&["nft", &format!("add rule inet cut forward ip saddr {from} ip daddr {to} drop")])?;
+        }
+        Ok(())
+    }
+
+    /// Drops every packet from and to a host, without telling anybody.
+    ///
+    /// # Errors
+    /// When the rule cannot be made.
+    pub fn isolate(&self, host: &Host) -> Result<()> {
+        for direction in ["saddr", "daddr"] {
+            self.router.run(&["nft", &format!("add rule inet cut forward ip {direction} {} drop", host.address())])?;
         }
         Ok(())
     }
@@ -93,39 +91,31 @@ impl Net {
     /// # Errors
     /// When the rules cannot be removed.
     pub fn heal(&self) -> Result<()> {
-        inside(&self.router(), &["nft", "flush chain inet cut forward"]).map(drop)
+        self.router.run(&["nft", "flush chain inet cut forward"])
     }
 
     /// A directory that is removed with the network.
-    pub fn directory(&self) -> &std::path::Path {
+    pub fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    fn router(&self) -> String {
-        format!("{}-r", self.id)
-    }
-}
-
-impl Drop for Net {
-    fn drop(&mut self) {
-        for number in 1..=self.hosts.get() {
-            let _ = ip(&["netns", "del", &format!("{}-h{number}", self.id)]);
-        }
-        let _ = ip(&["netns", "del", &self.router()]);
+    /// A command that records every packet between a host and the router into a file, until it is ended.
+    pub fn packets(&self, host: &Host, file: &Path) -> Command {
+        let mut command = self.router.command("tcpdump");
+        command.args(["-i", &format!("r{}", host.number), "-U", "-w"]).arg(file);
+        command
     }
 }
 
 impl Host {
     /// Its address, which the other hosts reach.
     pub fn address(&self) -> Ipv4Addr {
-        self.address
+        Ipv4Addr::new(10, 91, self.number, 2)
     }
 
     /// A command that will run on this host.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.namespace]).arg(program);
-        command
+        self.holder.command(program)
     }
 
     /// Runs a function on a thread of this host: the sockets it makes are the host's.
@@ -133,48 +123,45 @@ impl Host {
     /// # Errors
     /// When the namespace cannot be entered, or what the function returns.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let network = File::open(format!("/proc/{}/ns/net", self.holder.0.id()))?;
         let entered = || {
-            let file = std::fs::File::open(format!("/run/netns/{}", self.namespace))?;
-            nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET)?;
+            setns(network, CloneFlags::CLONE_NEWNET)?;
             work()
         };
         std::thread::scope(|scope| scope.spawn(entered).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     }
+}
 
-    /// The name of its network namespace.
-    pub fn namespace(&self) -> &str {
-        &self.namespace
+impl Holder {
+    fn start(name: &str) -> Result<Self> {
+        let own = "for d in /run /etc/sheer /var/lib/sheer; do mkdir -p $d; mount -t tmpfs tmpfs $d; done";
+        let script = format!("hostname {name}; {own}; ip link set lo up; touch /run/held; exec sleep infinity");
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--", "unshare", "--net", "--mount", "--uts", "sh", "-c", &script])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .context("setpriv")?;
+        let holder = Self(child);
+        let held = format!("/proc/{}/root/run/held", holder.0.id());
+        wait::until_true(&format!("host {name} is there"), Duration::from_secs(5), || Path::new(&held).exists())?;
+        Ok(holder)
     }
 
-    /// Records every packet that the router sees of this host into a file, until the returned command's end.
-    pub fn packets(&self, file: &std::path::Path) -> Command {
-        let number = self.address.octets()[2];
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.router, "tcpdump", "-i", &format!("r{number}"), "-U", "-w"]).arg(file);
+    fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["--net", "--mount", "--uts", "-t", &self.0.id().to_string(), "--"]).arg(program);
         command
     }
-}
 
-fn ip(arguments: &[&str]) -> Result<String> {
-    run(Command::new("ip").args(arguments))
-}
-
-fn inside(namespace: &str, arguments: &[&str]) -> Result<String> {
-    run(Command::new("ip").args(["netns", "exec", namespace]).args(arguments))
-}
-
-/// Removes namespaces of tests whose process has ended.
-fn remove_leftovers() -> Result<()> {
-    for line in ip(&["netns", "list"])?.lines() {
-        let Some(name) = line.split_whitespace().next() else { continue };
-        let Some(owner) = name.strip_prefix(PREFIX).and_then(|rest| rest.trim_start_matches('-').split('-').next())
-        else {
-            continue;
-        };
-        let owner: u32 = owner.parse().with_context(|| format!("namespace {name}"))?;
-        if !std::path::Path::new(&format!("/proc/{owner}")).exists() {
-            let _ = ip(&["netns", "del", name]);
-        }
+    fn run(&self, arguments: &[&str]) -> Result<()> {
+        run(self.command(arguments[0]).args(&arguments[1..])).map(drop)
     }
-    Ok(())
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Measures the CPU time that a request costs in the proxies on its path, Sheer beside its peers, in one run.
+
+The proxies run on core 0; load generator, backend and control plane on core 1; everything on loopback. The figure is the
+CPU time of all proxies on the path (user and system) divided by the requests; requests per second and latency stand
+beside it. Contenders take turns within each round, and medians with their range are reported, so that a noisy machine
+hurts all alike. Only ratios mean anything elsewhere.
+
+usage: run.py [--cases h1,h1-mesh,h2,h2-mesh] [--contenders sheer,envoy,haproxy,nginx,forwarder,direct]
+              [--rounds 3] [--seconds 4] [--write]
+ENVOY names the Envoy binary, SHEER the sheer binary; a contender that is missing is left out and said so.
+"""
+import argparse
+import glob
+import json
+import os
+import platform
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import contenders
+import sheer
+from contenders import FRONT, TOOLS, Case
+
+CASES = {"h1": Case("h1", False), "h1-mesh": Case("h1", True), "h2": Case("h2", False), "h2-mesh": Case("h2", True)}
+CONTENDERS = {"sheer": sheer.contender, "envoy": contenders.envoy, "haproxy": contenders.haproxy,
+              "nginx": contenders.nginx, "forwarder": contenders.forwarder, "direct": contenders.direct}
+PROXY_CORE, LOAD_CORE = "0", "1"
+HEADERS = ["User-Agent: bench/1.0", "Accept: application/json", "Accept-Encoding: gzip",
+           "X-Request-Id: 5b8a3c1e-9d7f-4e6a-8b2c-0f1e2d3c4b5a",
+           "Authorization: Bearer abcdefghijklmnopqrstuvwxyz0123456789"]
+
+
+def start(argv, core, env=None):
+    return subprocess.Popen(["taskset", "-c", core, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            env={**os.environ, **(env or {})}, start_new_session=True)
+
+
+def stop(processes):
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    for process in processes:
+        process.wait()
+
+
+def wait_for(port, limit=15):
+    end = time.time() + limit
+    while time.time() < end:
+        try:
+            socket.create_connection(("127.0.0.1", port), 0.2).close()
+            return
+        except OSError:
+            time.sleep(0.01)
+    raise RuntimeError(f"nothing listens on port {port} after {limit} s")
+
+
+def cpu_seconds(pid):
+    """On-CPU time of all threads, in the scheduler's nanoseconds rather than in ticks."""
+    total = 0
+    for path in glob.glob(f"/proc/{pid}/task/*/schedstat"):
+        try:
+            total += int(Path(path).read_text().split()[0])
+        except OSError:
+            pass
+    return total / 1e9
+
+
+def resident_mb(pid):
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1)) / 1024
+
+
+def micros(text):
+    number, unit = re.match(r"([\d.]+)(us|ms|s|m)", text).groups()
+    return float(number) * {"us": 1, "ms": 1e3, "s": 1e6, "m": 6e7}[unit]
+
+
+def load_h1(port, seconds, work):
+    headers = [part for header in HEADERS for part in ("-H", header)]
+    output = on_load_core(["wrk", "-t1", "-c64", f"-d{seconds}s", "--latency", *headers, f"http://127.0.0.1:{port}/"])
+    errors = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
+    if "Socket errors" in output or errors:
+        raise RuntimeError(f"failed requests:\n{output}")
+    return {"requests": int(re.search(r"(\d+) requests in", output).group(1)),
+            "rps": float(re.search(r"Requests/sec:\s+([\d.]+)", output).group(1)),
+            "p50_us": micros(re.search(r"\n\s+50%\s+(\S+)", output).group(1)),
+            "p99_us": micros(re.search(r"\n\s+99%\s+(\S+)", output).group(1))}
+
+
+def load_h2(port, seconds, work):
+    body = contenders.write(work, "body", "x" * 64)
+    output = on_load_core(["h2load", "-t1", "-c8", "-m32", "-D", str(seconds), "-d", body,
+                           "-H", "content-type: application/grpc", "-H", "te: trailers", "-H", "user-agent: bench/1.0",
+                           f"http://127.0.0.1:{port}/echo.Echo/Unary"])
+    good = int(re.search(r"status codes: (\d+) 2xx, 0 3xx, 0 4xx, 0 5xx", output).group(1))
+    mean = re.search(r"time for request:\s+\S+\s+\S+\s+(\S+)", output).group(1)
+    return {"requests": good, "rps": float(re.search(r", ([\d.]+) req/s", output).group(1)), "mean_us": micros(mean)}
+
+
+LOADS = {"h1": load_h1, "h2": load_h2}
+
+
+def on_load_core(argv):
+    return subprocess.run(["taskset", "-c", LOAD_CORE, *argv], capture_output=True, text=True, check=True).stdout
+
+
+def measure(case, contender, seconds, work):
+    """One contender in one case; None when it does not take part."""
+    plan = CONTENDERS[contender](case, work)
+    if plan is None:
+        return None
+    backend = "http1-backend" if case.protocol == "h1" else "http2-backend"
+    running = [start([str(TOOLS / backend), str(case.backend)], LOAD_CORE)]
+    try:
+        wait_for(case.backend)
+        measured = []
+        # The last hop first, so that each finds what it dials.
+        for process in reversed(plan):
+            running.append(start(process.argv, PROXY_CORE if process.measured else LOAD_CORE, process.env))
+            if process.measured:
+                measured.append(running[-1].pid)
+            wait_for(process.port)
+        if contender == "sheer":
+            sheer.ready(case, work)
+        port = FRONT if plan else case.backend
+        load = LOADS[case.protocol]
+        load(port, 1, work)
+        before = [cpu_seconds(pid) for pid in measured]
+        result = load(port, seconds, work)
+        spent = sum(cpu_seconds(pid) - start for pid, start in zip(measured, before))
+        result["cpu_us"] = spent * 1e6 / result["requests"] if measured else None
+        result["resident_mb"] = [round(resident_mb(pid), 1) for pid in measured]
+        return result
+    finally:
+        stop(running)
+
+
+def table(case, results):
+    rows = [f"### {case}", "", "| contender | CPU us/request | range | requests/s | latency us | resident MB each |",
+            "|---|---|---|---|---|---|"]
+    for contender, rounds in results.items():
+        costs = [it["cpu_us"] for it in rounds if it["cpu_us"]]
+        cost = f"{statistics.median(costs):.1f}" if costs else "-"
+        spread = f"{min(costs):.1f}-{max(costs):.1f}" if costs else "-"
+        rps = f"{statistics.median(it['rps'] for it in rounds):.0f}"
+        name, key = ("p50", "p50_us") if "p50_us" in rounds[0] else ("mean", "mean_us")
+        latency = f"{name} {statistics.median(it[key] for it in rounds):.0f}"
+        if "p99_us" in rounds[0]:
+            latency += f", p99 {statistics.median(it['p99_us'] for it in rounds):.0f}"
+        rows.append(f"| {contender} | {cost} | {spread} | {rps} | {latency} | {rounds[-1]['resident_mb'] or '-'} |")
+    if results.get("sheer"):
+        own = statistics.median(it["cpu_us"] for it in results["sheer"])
+        ratios = [f"{own / statistics.median(it['cpu_us'] for it in rounds):.2f}x {contender}"
+                  for contender, rounds in results.items() if contender != "sheer" and rounds[0]["cpu_us"]]
+        rows += ["", "Sheer's CPU per request: " + ", ".join(ratios) + "."]
+    return "\n".join(rows) + "\n"
+
+
+def versions():
+    def first(argv):
+        try:
+            done = subprocess.run(argv, capture_output=True, text=True)
+            return (done.stdout + done.stderr).strip().splitlines()[0]
+        except (OSError, IndexError):
+            return "not installed"
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return [f"- machine: {model.group(1) if model else platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
+            f"- sheer: {first([sheer.BINARY, '--version'])}", f"- envoy: {first([os.environ.get('ENVOY', 'envoy'), '--version'])}",
+            f"- haproxy: {first(['haproxy', '-v'])}", f"- nginx: {first(['nginx', '-v'])}"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--contenders", default=",".join(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=4)
+    parser.add_argument("--write", action="store_true", help="put the result into bench/RESULTS.md")
+    arguments = parser.parse_args()
+    names, text = arguments.contenders.split(","), []
+    with tempfile.TemporaryDirectory() as work:
+        for name in arguments.cases.split(","):
+            results = {}
+            for turn in range(arguments.rounds):
+                for contender in names:
+                    result = measure(CASES[name], contender, arguments.seconds, work)
+                    if result is None:
+                        continue
+                    results.setdefault(contender, []).append(result)
+                    print(f"{name} round {turn + 1}/{arguments.rounds} {contender}: {json.dumps(result)}", file=sys.stderr, flush=True)
+            text.append(table(name, results))
+            print(text[-1], flush=True)
+    if arguments.write:
+        head = ["# Results", "", "Written by `make bench`; see `bench/README.md` for what is measured and how.", "",
+                f"{time.strftime('%Y-%m-%d', time.gmtime())}, {arguments.rounds} rounds of {arguments.seconds} s, medians.", "", *versions(), "", ""]
+        Path(__file__).with_name("RESULTS.md").write_text("\n".join(head) + "\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
