@@ -2,6 +2,8 @@
 
 pub mod body;
 pub mod capture;
+pub mod dns;
 pub mod io;
+pub mod metrics;
 pub mod plan;
 pub mod platform;

@@ -1,0 +1,175 @@
+//! The names that the mesh answers for, made from the index of all services alone.
+
+use sheer_core::wire::v1;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// Names and their addresses. Names are lower-case, without a trailing dot.
+#[derive(Debug, Default)]
+pub struct Zone {
+    domain: String,
+    hosts: HashMap<Box<str>, Addresses>,
+    /// Names under the domain that only have names below them.
+    branches: HashSet<Box<str>>,
+}
+
+/// The addresses of a name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// A records.
+    pub v4: Vec<Ipv4Addr>,
+    /// AAAA records.
+    pub v6: Vec<Ipv6Addr>,
+}
+
+/// What is known of a name.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Lookup<'a> {
+    /// It has these addresses.
+    Found(&'a Addresses),
+    /// It exists, with names below it, but without any record.
+    Branch,
+    /// It would be the mesh's and does not exist.
+    Missing,
+    /// It is not the mesh's: the host's resolvers know.
+    Foreign,
+}
+
+impl Zone {
+    /// The names of these services in a mesh whose names end in `domain`. Where two services claim a host name, the
+    /// first by namespace and name has it.
+    pub fn new<'a>(domain: &str, services: impl IntoIterator<Item = &'a v1::Service>) -> Self {
+        let domain = domain.trim_end_matches('.').to_ascii_lowercase();
+        let mut zone = Self { domain, ..Self::default() };
+        let mut services: Vec<_> = services.into_iter().collect();
+        services.sort_unstable_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        for service in services {
+            let addresses = addresses_of(service);
+            for host in &service.hosts {
+                zone.insert(host.trim_end_matches('.').to_ascii_lowercase(), &addresses);
+            }
+        }
+        if !zone.domain.is_empty() {
+            zone.branches.insert(zone.domain.clone().into());
+            zone.branches.insert(format!("svc.{}", zone.domain).into());
+        }
+        zone
+    }
+
+    fn insert(&mut self, host: String, addresses: &Addresses) {
+        if self.is_under_domain(&host) {
+            let mut rest = host.as_str();
+            while let Some((_, parent)) = rest.split_once('.') {
+                if parent.len() <= self.domain.len() {
+                    break;
+                }
+                self.branches.insert(parent.into());
+                rest = parent;
+            }
+        }
+        self.hosts.entry(host.into()).or_insert_with(|| addresses.clone());
+    }
+
+    /// The domain under which the mesh alone answers; empty before the mesh is known.
+    pub fn domain(&self) -> &str {
+        &self.domain
+    }
+
+    /// Looks up a lower-case name without a trailing dot.
+    pub fn lookup(&self, name: &str) -> Lookup<'_> {
+        if let Some(addresses) = self.hosts.get(name) {
+            return Lookup::Found(addresses);
+        }
+        if !self.is_under_domain(name) {
+            return Lookup::Foreign;
+        }
+        if self.branches.contains(name) { Lookup::Branch } else { Lookup::Missing }
+    }
+
+    fn is_under_domain(&self, name: &str) -> bool {
+        !self.domain.is_empty()
+            && name.strip_suffix(&*self.domain).is_some_and(|front| front.is_empty() || front.ends_with('.'))
+    }
+}
+
+fn addresses_of(service: &v1::Service) -> Addresses {
+    let mut addresses = Addresses::default();
+    for bytes in &service.virtual_ips {
+        match address(bytes) {
+            Some(IpAddr::V4(v4)) => addresses.v4.push(v4),
+            Some(IpAddr::V6(v6)) => addresses.v6.push(v6),
+            None => {}
+        }
+    }
+    addresses
+}
+
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+        16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn service(namespace: &str, name: &str, extra: &[&str], ips: &[&[u8]]) -> v1::Service {
+        let mut hosts = vec![format!("{name}.{namespace}.svc.mesh.internal")];
+        hosts.extend(extra.iter().map(|&it| it.to_owned()));
+        v1::Service {
+            namespace: namespace.into(),
+            name: name.into(),
+            hosts,
+            virtual_ips: ips.iter().map(|ip| ip.to_vec().into()).collect(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn names() {
+        let services = [
+            service("default", "api", &["api.example.com"], &[&[240, 0, 0, 1], &[0xfd; 16]]),
+            service("shop", "cart", &[], &[&[240, 0, 0, 2], &[1, 2, 3]]),
+        ];
+        let zone = Zone::new("Mesh.Internal.", &services);
+        let api = Addresses { v4: vec![Ipv4Addr::new(240, 0, 0, 1)], v6: vec![Ipv6Addr::from([0xfd; 16])] };
+        let cart = Addresses { v4: vec![Ipv4Addr::new(240, 0, 0, 2)], v6: vec![] };
+        for (name, expected) in [
+            ("api.default.svc.mesh.internal", Lookup::Found(&api)),
+            ("api.example.com", Lookup::Found(&api)),
+            ("cart.shop.svc.mesh.internal", Lookup::Found(&cart)),
+            ("shop.svc.mesh.internal", Lookup::Branch),
+            ("svc.mesh.internal", Lookup::Branch),
+            ("mesh.internal", Lookup::Branch),
+            ("nobody.svc.mesh.internal", Lookup::Missing),
+            ("x.api.default.svc.mesh.internal", Lookup::Missing),
+            ("other.mesh.internal", Lookup::Missing),
+            ("notmesh.internal", Lookup::Foreign),
+            ("internal", Lookup::Foreign),
+            ("example.com", Lookup::Foreign),
+            ("", Lookup::Foreign),
+        ] {
+            assert_eq!(zone.lookup(name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_the_meshs_before_the_mesh_is_known() {
+        assert_eq!(Zone::default().lookup("api.default.svc.mesh.internal"), Lookup::Foreign);
+        assert_eq!(Zone::default().lookup(""), Lookup::Foreign);
+    }
+
+    #[test]
+    fn the_first_claimant_of_a_host_name_has_it() {
+        let services = [
+            service("b", "x", &["shared.example"], &[&[240, 0, 0, 2]]),
+            service("a", "x", &["shared.example"], &[&[240, 0, 0, 1]]),
+        ];
+        let zone = Zone::new("mesh.internal", &services);
+        let first = Addresses { v4: vec![Ipv4Addr::new(240, 0, 0, 1)], v6: vec![] };
+        assert_eq!(zone.lookup("shared.example"), Lookup::Found(&first));
+    }
+}
