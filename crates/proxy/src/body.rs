@@ -80,6 +80,8 @@ pub enum Body {
     Empty,
     /// All bytes, already here.
     Full(Bytes),
+    /// What arrives on an HTTP/2 stream.
+    H2(crate::h2::Incoming),
 }
 
 impl Body {
@@ -88,6 +90,7 @@ impl Body {
         match self {
             Body::Empty => Length::Known(0),
             Body::Full(bytes) => Length::Known(bytes.len() as u64),
+            Body::H2(incoming) => incoming.length(),
         }
     }
 
@@ -96,15 +99,19 @@ impl Body {
         match self {
             Body::Empty => true,
             Body::Full(bytes) => bytes.is_empty(),
+            Body::H2(incoming) => incoming.is_empty(),
         }
     }
 
     /// The next part; `None` at the end. After an error nothing more comes.
-    pub fn poll_frame(&mut self, _cx: &mut Context<'_>) -> Poll<Option<Result<Frame, BodyError>>> {
+    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame, BodyError>>> {
+        match self {
+            Body::H2(incoming) => return incoming.poll_frame(cx),
+            Body::Empty | Body::Full(_) => {}
+        }
         match std::mem::take(self) {
-            Body::Empty => Poll::Ready(None),
-            Body::Full(bytes) if bytes.is_empty() => Poll::Ready(None),
-            Body::Full(bytes) => Poll::Ready(Some(Ok(Frame::Data(bytes)))),
+            Body::Full(bytes) if !bytes.is_empty() => Poll::Ready(Some(Ok(Frame::Data(bytes)))),
+            _ => Poll::Ready(None),
         }
     }
 

@@ -3,7 +3,12 @@
 pub mod body;
 pub mod capture;
 pub mod dns;
+pub mod drain;
+pub mod h2;
 pub mod io;
 pub mod metrics;
 pub mod plan;
 pub mod platform;
+#[cfg(test)]
+mod testing;
+pub mod upstream;

@@ -1,0 +1,85 @@
+//! Leaving without a failed request.
+//!
+//! The control thread sets the phase; every worker and connection watches it. See [`Phase`] for what each one means.
+
+use tokio::sync::watch;
+
+/// How far the proxy has come in leaving.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Not leaving.
+    #[default]
+    Serving,
+    /// Peers are told over the connections they have: HTTP/2 by GOAWAY, HTTP/1 by `sheer-drain` and
+    /// `Connection: close`. New connections and requests are still served.
+    Told,
+    /// A request that arrives is answered `503 draining`, with no byte to the application: peers send it elsewhere.
+    Refusing,
+    /// The grace is over: what is still open is closed.
+    Closing,
+}
+
+/// Sets the phase.
+#[derive(Debug)]
+pub struct Signal(watch::Sender<Phase>);
+
+/// Sees the phase.
+#[derive(Clone, Debug)]
+pub struct Watch(watch::Receiver<Phase>);
+
+/// A phase, first [`Phase::Serving`].
+pub fn channel() -> (Signal, Watch) {
+    let (sender, receiver) = watch::channel(Phase::Serving);
+    (Signal(sender), Watch(receiver))
+}
+
+impl Signal {
+    /// Goes on to this phase. There is no way back.
+    pub fn set(&self, phase: Phase) {
+        self.0.send_if_modified(|now| {
+            let later = phase > *now;
+            if later {
+                *now = phase;
+            }
+            later
+        });
+    }
+}
+
+impl Watch {
+    /// The phase now.
+    pub fn phase(&self) -> Phase {
+        *self.0.borrow()
+    }
+
+    /// True when peers should go elsewhere.
+    pub fn is_told(&self) -> bool {
+        self.phase() >= Phase::Told
+    }
+
+    /// Waits until peers are to be told. Never returns when the signal is gone before.
+    pub async fn told(&mut self) {
+        self.reached(Phase::Told).await;
+    }
+
+    /// Waits until the phase is this one or a later one. Cancel safe.
+    pub async fn reached(&mut self, phase: Phase) {
+        if self.0.wait_for(|now| *now >= phase).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn there_is_no_way_back() {
+        let (signal, mut watch) = channel();
+        signal.set(Phase::Refusing);
+        signal.set(Phase::Told);
+        watch.told().await;
+        assert_eq!(watch.phase(), Phase::Refusing);
+    }
+}

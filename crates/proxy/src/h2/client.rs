@@ -1,0 +1,198 @@
+//! One connection to an endpoint over HTTP/2, shared by the requests of one worker.
+
+use super::incoming::AbortOnDrop;
+use super::server::body_of;
+use super::{
+    CONNECTION_WINDOW, MAX_ERROR_RESETS, MAX_PENDING_RESETS, PING_INTERVAL, Pinger, SEND_BUFFER, STREAM_WINDOW,
+    convert, pump,
+};
+use crate::body::{Body, Request, Response};
+use crate::io::Io;
+use bytes::Bytes;
+use h2::Reason;
+use h2::client::SendRequest;
+use sheer_core::cause::Cause;
+use sheer_core::head::MAX_HEAD_BYTES;
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use tokio::sync::Notify;
+
+/// A connection that carries many requests at once. Cheap to clone; it closes when the last clone and the last stream
+/// are gone.
+#[derive(Clone)]
+pub struct Connection {
+    sender: SendRequest<Bytes>,
+    load: Rc<Load>,
+}
+
+#[derive(Debug, Default)]
+struct Load {
+    streams: Cell<usize>,
+    closed: Cell<bool>,
+    began: Notify,
+}
+
+/// A request in flight on a connection.
+#[derive(Debug)]
+pub(super) struct StreamPermit(Rc<Load>);
+
+impl StreamPermit {
+    fn new(load: &Rc<Load>) -> Self {
+        load.streams.set(load.streams.get() + 1);
+        load.began.notify_one();
+        Self(load.clone())
+    }
+}
+
+impl Drop for StreamPermit {
+    fn drop(&mut self) {
+        self.0.streams.set(self.0.streams.get() - 1);
+    }
+}
+
+/// A request that got no response head.
+#[derive(Debug)]
+pub struct SendError {
+    /// What happened.
+    pub cause: Cause,
+    /// True when the other side has provably not processed it: it never left, or was refused.
+    pub unprocessed: bool,
+    /// The request, when it can be sent again as it is.
+    pub request: Option<Box<Request>>,
+    /// The crate's own account.
+    pub source: Option<h2::Error>,
+}
+
+impl Connection {
+    /// Begins HTTP/2 on a connection. The connection's own work is a task of this worker.
+    ///
+    /// # Errors
+    /// When the connection breaks at once.
+    pub async fn start(io: Io) -> Result<Self, h2::Error> {
+        let (sender, mut connection) = builder().handshake::<_, Bytes>(io).await?;
+        let load = Rc::new(Load::default());
+        let shared = load.clone();
+        tokio::task::spawn_local(async move {
+            let mut pinger = Pinger::new(connection.ping_pong());
+            loop {
+                let busy = shared.streams.get() > 0;
+                tokio::select! {
+                    biased;
+                    _ = &mut connection => break,
+                    () = tokio::time::sleep(PING_INTERVAL), if busy => if !pinger.beat() { break },
+                    () = shared.began.notified(), if !busy => {}
+                }
+            }
+            shared.closed.set(true);
+        });
+        Ok(Self { sender, load })
+    }
+
+    /// True when new requests may be sent: it is open and the other side has not said that it is leaving.
+    pub fn is_open(&self) -> bool {
+        let mut cx = Context::from_waker(Waker::noop());
+        !self.load.closed.get() && !matches!(self.sender.clone().poll_ready(&mut cx), Poll::Ready(Err(_)))
+    }
+
+    /// Requests in flight.
+    pub fn streams(&self) -> usize {
+        self.load.streams.get()
+    }
+
+    /// Sends a request and waits for the response's head. Dropping the future, or the response's body before its end,
+    /// resets the stream.
+    ///
+    /// # Errors
+    /// [`SendError`] when no response head came.
+    pub async fn send(&self, request: Request) -> Result<Response, SendError> {
+        let permit = StreamPermit::new(&self.load);
+        let mut sender = self.sender.clone();
+        if let Err(error) = poll_fn(|cx| sender.poll_ready(cx)).await {
+            return Err(unsent(request, error));
+        }
+        let Ok(head) = convert::to_request(&request.head) else {
+            return Err(SendError { cause: Cause::BadRequest, unprocessed: true, request: None, source: None });
+        };
+        let ends = request.body.is_empty();
+        let (response, mut stream) = match sender.send_request(head, ends) {
+            Ok(sent) => sent,
+            Err(error) => return Err(unsent(request, error)),
+        };
+        let Request { head, body, interim } = request;
+        let spare = spare(&body);
+        let pump = (!ends).then(|| {
+            let task = tokio::task::spawn_local(async move {
+                // What went wrong is seen on the response.
+                let _ = pump::send(&mut stream, body, Reason::CANCEL).await;
+            });
+            AbortOnDrop(task.abort_handle())
+        });
+        let (parts, stream) = match response.await {
+            Ok(response) => response.into_parts(),
+            Err(error) => {
+                let unprocessed = is_unprocessed(&error);
+                let request = spare.map(|body| Box::new(Request { head, body, interim }));
+                let cause = cause_of(&error);
+                return Err(SendError { cause, unprocessed, request, source: Some(error) });
+            }
+        };
+        let head = convert::response_of(&parts).map_err(|_| SendError {
+            cause: Cause::BadResponse,
+            unprocessed: false,
+            request: None,
+            source: None,
+        })?;
+        let body = match body_of(stream, &parts.headers) {
+            Body::H2(incoming) => Body::H2(incoming.answering(pump, permit)),
+            other => other,
+        };
+        Ok(Response { head, body })
+    }
+}
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connection").field("load", &self.load).finish_non_exhaustive()
+    }
+}
+
+fn builder() -> h2::client::Builder {
+    let mut builder = h2::client::Builder::new();
+    builder
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_header_list_size(MAX_HEAD_BYTES as u32)
+        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
+        .max_local_error_reset_streams(Some(MAX_ERROR_RESETS))
+        .max_send_buffer_size(SEND_BUFFER)
+        .enable_push(false);
+    builder
+}
+
+fn unsent(request: Request, error: h2::Error) -> SendError {
+    SendError { cause: cause_of(&error), unprocessed: true, request: Some(Box::new(request)), source: Some(error) }
+}
+
+/// A second copy of a body that is here as a whole.
+fn spare(body: &Body) -> Option<Body> {
+    match body {
+        Body::Empty => Some(Body::Empty),
+        Body::Full(bytes) => Some(Body::Full(bytes.clone())),
+        _ => None,
+    }
+}
+
+/// True when the other side said that it has not looked at the request: REFUSED_STREAM, or a GOAWAY whose last stream
+/// comes before (RFC 9113, section 8.7). The crate fails exactly those streams with the GOAWAY.
+fn is_unprocessed(error: &h2::Error) -> bool {
+    error.is_remote() && (error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM))
+}
+
+fn cause_of(error: &h2::Error) -> Cause {
+    if error.is_library() || error.reason() == Some(Reason::PROTOCOL_ERROR) && !error.is_remote() {
+        return Cause::BadResponse;
+    }
+    Cause::UpstreamReset
+}

@@ -1,0 +1,221 @@
+//! Heads between the `h2` crate's form and ours.
+//!
+//! The crate has already refused upper-case names, repeated or misplaced pseudo-fields, connection-specific fields and
+//! a `te` other than `trailers` (RFC 9113, section 8.2). Refused here: an authority that names a user or differs from
+//! `host`, a path that is none, and more than 100 fields.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http::header::{HeaderName, HeaderValue};
+use http::{HeaderMap, Method, Uri};
+use sheer_core::head::{Fields, Known, RequestHead, ResponseHead, Scheme, TooManyFields, Version};
+
+/// Why a head is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refused {
+    /// Malformed, or to be read in two ways.
+    Malformed,
+    /// More than 100 fields.
+    TooManyFields,
+}
+
+impl From<TooManyFields> for Refused {
+    fn from(_: TooManyFields) -> Self {
+        Refused::TooManyFields
+    }
+}
+
+/// Reads a request's head.
+pub(super) fn request_of(parts: &http::request::Parts) -> Result<RequestHead, Refused> {
+    let host = one_host(&parts.headers)?;
+    let authority = match (parts.uri.authority().map(|it| it.as_str()), host) {
+        (Some(authority), Some(host)) if !authority.eq_ignore_ascii_case(host) => return Err(Refused::Malformed),
+        (Some(authority), _) => authority,
+        (None, Some(host)) => host,
+        (None, None) => "",
+    };
+    if authority.bytes().any(|byte| matches!(byte, b'@' | b',' | b'/' | b'?' | b'#') || byte <= b' ') {
+        return Err(Refused::Malformed);
+    }
+    let target = target_of(parts)?;
+    let mut raw = BytesMut::with_capacity(authority.len() + target.len() + size_of_fields(&parts.headers));
+    raw.put_slice(authority.as_bytes());
+    raw.put_slice(target.as_bytes());
+    put_fields(&mut raw, &parts.headers);
+    let mut fields = Fields::over(raw.freeze());
+    let start = authority.len() + target.len();
+    push_fields(&mut fields, start, &parts.headers, |name| name != http::header::HOST)?;
+    let target = authority.len()..start;
+    let mut head = RequestHead::received(parts.method.clone(), Version::Http2, 0..target.start, target, fields);
+    if parts.uri.scheme() == Some(&http::uri::Scheme::HTTPS) {
+        head.scheme = Scheme::Https;
+    }
+    Ok(head)
+}
+
+/// Path and query: origin form, `*` for OPTIONS, empty for CONNECT.
+fn target_of(parts: &http::request::Parts) -> Result<&str, Refused> {
+    if parts.method == Method::CONNECT {
+        return Ok("");
+    }
+    let target = parts.uri.path_and_query().map_or("", |it| it.as_str());
+    match target {
+        "*" if parts.method == Method::OPTIONS => Ok(target),
+        _ if target.starts_with('/') && target.is_ascii() => Ok(target),
+        _ => Err(Refused::Malformed),
+    }
+}
+
+fn one_host(headers: &HeaderMap) -> Result<Option<&str>, Refused> {
+    let mut all = headers.get_all(http::header::HOST).iter();
+    match (all.next(), all.next()) {
+        (None, _) => Ok(None),
+        (Some(host), None) => host.to_str().map(Some).map_err(|_| Refused::Malformed),
+        (Some(_), Some(_)) => Err(Refused::Malformed),
+    }
+}
+
+/// Reads a response's head.
+pub(super) fn response_of(parts: &http::response::Parts) -> Result<ResponseHead, Refused> {
+    let mut head = ResponseHead::new(parts.status);
+    head.version = Version::Http2;
+    head.fields = fields_of(&parts.headers)?;
+    Ok(head)
+}
+
+/// Reads fields: of a head or of trailers.
+pub(super) fn fields_of(headers: &HeaderMap) -> Result<Fields, Refused> {
+    let mut raw = BytesMut::with_capacity(size_of_fields(headers));
+    put_fields(&mut raw, headers);
+    let mut fields = Fields::over(raw.freeze());
+    push_fields(&mut fields, 0, headers, |_| true)?;
+    Ok(fields)
+}
+
+fn size_of_fields(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum()
+}
+
+fn put_fields(raw: &mut BytesMut, headers: &HeaderMap) {
+    for (name, value) in headers {
+        raw.put_slice(name.as_str().as_bytes());
+        raw.put_slice(value.as_bytes());
+    }
+}
+
+fn push_fields(
+    fields: &mut Fields,
+    start: usize,
+    headers: &HeaderMap,
+    wanted: impl Fn(&HeaderName) -> bool,
+) -> Result<(), TooManyFields> {
+    let mut place = start;
+    for (name, value) in headers {
+        let name_end = place + name.as_str().len();
+        let value_end = name_end + value.len();
+        if wanted(name) {
+            fields.push_received(place..name_end, name_end..value_end)?;
+        }
+        place = value_end;
+    }
+    Ok(())
+}
+
+/// Writes a request's head for the `h2` crate.
+pub(super) fn to_request(head: &RequestHead) -> Result<http::Request<()>, Refused> {
+    let scheme = match head.scheme {
+        Scheme::Http => http::uri::Scheme::HTTP,
+        Scheme::Https => http::uri::Scheme::HTTPS,
+    };
+    let mut uri = http::uri::Parts::default();
+    if !head.authority().is_empty() {
+        uri.authority = Some(http::uri::Authority::try_from(head.authority()).map_err(|_| Refused::Malformed)?);
+    }
+    if head.method != Method::CONNECT {
+        uri.path_and_query = Some(http::uri::PathAndQuery::try_from(head.target()).map_err(|_| Refused::Malformed)?);
+        if uri.authority.is_some() {
+            uri.scheme = Some(scheme);
+        }
+    }
+    let mut request = http::Request::new(());
+    *request.method_mut() = head.method.clone();
+    *request.version_mut() = http::Version::HTTP_2;
+    *request.uri_mut() = Uri::from_parts(uri).map_err(|_| Refused::Malformed)?;
+    *request.headers_mut() = to_headers(&head.fields)?;
+    Ok(request)
+}
+
+/// Writes a response's head for the `h2` crate.
+pub(super) fn to_response(head: &ResponseHead) -> Result<http::Response<()>, Refused> {
+    let mut response = http::Response::new(());
+    *response.status_mut() = head.status;
+    *response.version_mut() = http::Version::HTTP_2;
+    *response.headers_mut() = to_headers(&head.fields)?;
+    Ok(response)
+}
+
+/// Writes fields, without those that belong to an HTTP/1 connection (RFC 9113, section 8.2.2).
+pub(super) fn to_headers(fields: &Fields) -> Result<HeaderMap, Refused> {
+    let mut headers = HeaderMap::with_capacity(fields.len());
+    for (name, value, known) in fields.iter() {
+        match known {
+            Known::Connection
+            | Known::KeepAlive
+            | Known::ProxyConnection
+            | Known::TransferEncoding
+            | Known::Upgrade
+            | Known::Http2Settings
+            | Known::Host => continue,
+            Known::Te if !value.trim_ascii().eq_ignore_ascii_case(b"trailers") => continue,
+            _ => {}
+        }
+        let name = HeaderName::from_bytes(name).map_err(|_| Refused::Malformed)?;
+        let value = HeaderValue::from_maybe_shared(Bytes::copy_from_slice(value)).map_err(|_| Refused::Malformed)?;
+        headers.append(name, value);
+    }
+    Ok(headers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts(uri: &str, headers: &[(&str, &str)]) -> http::request::Parts {
+        let mut builder = http::Request::builder().method("GET").uri(uri);
+        for (name, value) in headers {
+            builder = builder.header(*name, *value);
+        }
+        builder.body(()).unwrap().into_parts().0
+    }
+
+    #[test]
+    fn heads_survive_the_round_trip() {
+        let head = request_of(&parts("http://web:80/a/b?c=d", &[("x-a", "1"), ("x-b", "2"), ("x-a", "3")])).unwrap();
+        assert_eq!((head.authority(), head.path(), head.query()), ("web:80", "/a/b", Some("c=d")));
+        let back = to_request(&head).unwrap();
+        assert_eq!(back.uri(), "http://web:80/a/b?c=d");
+        assert_eq!(back.headers().get_all("x-a").iter().collect::<Vec<_>>(), ["1", "3"]);
+    }
+
+    #[test]
+    fn what_can_be_read_in_two_ways_is_refused() {
+        for (uri, headers) in [
+            ("http://web/", &[("host", "other")][..]),
+            ("http://web/", &[("host", "web"), ("host", "web")]),
+            ("http://user@web/", &[]),
+            ("/", &[("host", "a,b")]),
+        ] {
+            assert_eq!(request_of(&parts(uri, headers)).unwrap_err(), Refused::Malformed, "{uri} {headers:?}");
+        }
+        assert_eq!(request_of(&parts("http://web/", &[("host", "WEB")])).unwrap().authority(), "web");
+    }
+
+    #[test]
+    fn fields_of_a_connection_are_left_behind() {
+        let mut fields = Fields::default();
+        for (name, value) in [("Connection", "close"), ("te", "trailers"), ("TE", "gzip"), ("X-Kept", "1")] {
+            fields.append(name, value.as_bytes()).unwrap();
+        }
+        let headers = to_headers(&fields).unwrap();
+        assert_eq!(headers.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["te", "x-kept"]);
+    }
+}

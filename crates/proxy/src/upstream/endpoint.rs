@@ -1,0 +1,228 @@
+//! What is known of endpoints: the control plane's list, and what this proxy sees of each itself.
+//!
+//! Both live outside the snapshot, so that a change of configuration resets nothing. A service's list is replaced as a
+//! whole; an endpoint that stays keeps its [`State`], which all workers share.
+
+use arc_swap::ArcSwapOption;
+use parking_lot::RwLock;
+use sheer_core::balance::{self, Candidate, UNKNOWN_LATENCY, peak_ewma};
+use sheer_core::identity::SpiffeId;
+use sheer_core::name::ServiceName;
+use sheer_core::snapshot::{Endpoint, EndpointSet, Health};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+/// For how long an endpoint is picked last after a connect to it failed, or after it said that it is leaving.
+const SHUNNED: Duration = Duration::from_secs(3);
+
+/// The endpoints of all services in use.
+#[derive(Debug)]
+pub struct Table {
+    cells: RwLock<HashMap<ServiceName, Arc<Cell>>>,
+    epoch: Instant,
+}
+
+/// The endpoints of one service, replaced as a whole.
+pub type Cell = ArcSwapOption<Live>;
+
+/// The endpoints of one service at one time.
+#[derive(Debug)]
+pub struct Live {
+    /// The identities accepted as this service.
+    pub identities: Arc<[SpiffeId]>,
+    ports: Vec<(u16, Arc<[LiveEndpoint]>)>,
+}
+
+/// An endpoint and what this proxy sees of it.
+#[derive(Clone, Debug)]
+pub struct LiveEndpoint {
+    /// As the control plane told it.
+    pub endpoint: Arc<Endpoint>,
+    /// As seen from here.
+    pub state: Arc<State>,
+}
+
+/// What this proxy sees of an endpoint. All workers share it.
+#[derive(Debug)]
+pub struct State {
+    epoch: Instant,
+    in_flight: AtomicU32,
+    /// Bits of an `f64`, in seconds.
+    average: AtomicU64,
+    /// Microseconds since the epoch.
+    observed: AtomicU64,
+    /// Microseconds since the epoch until which it is picked last.
+    shunned_until: AtomicU64,
+}
+
+/// What makes an endpoint the same one after a change.
+type Key = (Arc<str>, SocketAddr, u16);
+
+impl Default for Table {
+    fn default() -> Self {
+        Self { cells: RwLock::default(), epoch: Instant::now() }
+    }
+}
+
+impl Table {
+    /// Replaces a service's endpoints. Those that stay keep their state.
+    pub fn set(&self, service: &ServiceName, set: Arc<EndpointSet>) {
+        let cell = self.cells.write().entry(service.clone()).or_default().clone();
+        let before = cell.load_full();
+        let known: HashMap<Key, &Arc<State>> = before
+            .iter()
+            .flat_map(|live| live.ports.iter().flat_map(|(_, list)| list.iter()))
+            .map(|it| (key_of(&it.endpoint), &it.state))
+            .collect();
+        // One workload that answers several ports of a service at one place is one endpoint with one state.
+        let mut states: HashMap<Key, Arc<State>> = HashMap::new();
+        let mut ports: Vec<(u16, Vec<LiveEndpoint>)> = Vec::new();
+        for endpoint in set.iter() {
+            let key = key_of(endpoint);
+            let state = states.entry(key.clone()).or_insert_with(|| match known.get(&key) {
+                Some(state) => Arc::clone(state),
+                None => Arc::new(State::new(self.epoch)),
+            });
+            let live = LiveEndpoint { endpoint: endpoint.clone(), state: state.clone() };
+            match ports.iter_mut().find(|(port, _)| *port == endpoint.service_port) {
+                Some((_, list)) => list.push(live),
+                None => ports.push((endpoint.service_port, vec![live])),
+            }
+        }
+        let ports = ports.into_iter().map(|(port, list)| (port, list.into())).collect();
+        cell.store(Some(Arc::new(Live { identities: set.identities.clone(), ports })));
+    }
+
+    /// Forgets a service's endpoints.
+    pub fn remove(&self, service: &ServiceName) {
+        if let Some(cell) = self.cells.write().remove(service) {
+            cell.store(None);
+        }
+    }
+
+    /// The cell of a service's endpoints; `None` when nobody has asked for them yet.
+    pub fn get(&self, service: &ServiceName) -> Option<Arc<Cell>> {
+        self.cells.read().get(service).cloned()
+    }
+}
+
+fn key_of(endpoint: &Endpoint) -> Key {
+    (endpoint.workload.clone(), endpoint.address, endpoint.workload_port)
+}
+
+impl Live {
+    /// The endpoints that answer this service port.
+    pub fn of_port(&self, port: u16) -> &[LiveEndpoint] {
+        self.ports.iter().find(|(it, _)| *it == port).map_or(&[], |(_, list)| list)
+    }
+}
+
+impl State {
+    fn new(epoch: Instant) -> Self {
+        Self {
+            epoch,
+            in_flight: AtomicU32::new(0),
+            average: AtomicU64::new(UNKNOWN_LATENCY.as_secs_f64().to_bits()),
+            observed: AtomicU64::new(0),
+            shunned_until: AtomicU64::new(0),
+        }
+    }
+
+    /// Counts a request or connection in flight for as long as the returned value lives.
+    pub fn begin(self: &Arc<Self>) -> InFlight {
+        self.in_flight.fetch_add(1, Relaxed);
+        InFlight(self.clone())
+    }
+
+    /// Takes an answer's time into the average.
+    pub fn observe(&self, latency: Duration) {
+        let now = self.now();
+        let elapsed = now.saturating_sub(self.observed.swap(now, Relaxed));
+        let average = f64::from_bits(self.average.load(Relaxed));
+        // Two answers at once may lose one of them: the average is an estimate.
+        let next = peak_ewma(average, latency.as_secs_f64(), Duration::from_micros(elapsed));
+        self.average.store(next.to_bits(), Relaxed);
+    }
+
+    /// From now on, for a while, it is picked last: a connect failed, or it said that it is leaving.
+    pub fn shun(&self) {
+        self.shunned_until.store(self.now() + SHUNNED.as_micros() as u64, Relaxed);
+    }
+
+    /// A connect has succeeded: it is picked again as before.
+    pub fn welcome(&self) {
+        self.shunned_until.store(0, Relaxed);
+    }
+
+    fn is_shunned(&self) -> bool {
+        let until = self.shunned_until.load(Relaxed);
+        until != 0 && until > self.now()
+    }
+
+    fn now(&self) -> u64 {
+        self.epoch.elapsed().as_micros() as u64
+    }
+}
+
+impl Candidate for LiveEndpoint {
+    fn health(&self) -> Health {
+        if self.state.is_shunned() { self.endpoint.health.max(Health::Suspect) } else { self.endpoint.health }
+    }
+
+    fn cost(&self) -> f64 {
+        let average = f64::from_bits(self.state.average.load(Relaxed));
+        balance::cost(average, self.state.in_flight.load(Relaxed), self.endpoint.weight)
+    }
+}
+
+/// A request or connection in flight to an endpoint.
+#[derive(Debug)]
+pub struct InFlight(Arc<State>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sheer_core::snapshot::Hop;
+
+    fn endpoint(port: u16) -> Arc<Endpoint> {
+        Arc::new(Endpoint {
+            workload: format!("w{port}").into(),
+            service_port: 80,
+            address: ([127, 0, 0, 1], port).into(),
+            workload_port: 8080,
+            server_name: "p8080.web.default.svc.mesh.internal".into(),
+            hop: Hop::Sheer1,
+            health: Health::Healthy,
+            weight: 1,
+        })
+    }
+
+    #[test]
+    fn what_is_known_of_an_endpoint_survives_a_change() {
+        let (table, web) = (Table::default(), ServiceName::parse("web").unwrap());
+        assert!(table.get(&web).is_none());
+        table.set(&web, Arc::new(EndpointSet::new(vec![], vec![endpoint(1), endpoint(2)])));
+        let cell = table.get(&web).unwrap();
+        let before = cell.load_full().unwrap();
+        let held = before.of_port(80)[0].state.begin();
+        before.of_port(80)[0].state.shun();
+        table.set(&web, Arc::new(EndpointSet::new(vec![], vec![endpoint(1), endpoint(3)])));
+        let after = cell.load_full().unwrap();
+        assert!(Arc::ptr_eq(&after.of_port(80)[0].state, &before.of_port(80)[0].state));
+        assert_eq!(after.of_port(80)[0].health(), Health::Suspect);
+        assert_eq!(after.of_port(80)[1].health(), Health::Healthy);
+        assert!(after.of_port(80)[0].cost() > after.of_port(80)[1].cost());
+        drop(held);
+        assert_eq!(after.of_port(80)[0].cost(), after.of_port(80)[1].cost());
+        assert!(after.of_port(81).is_empty());
+    }
+}

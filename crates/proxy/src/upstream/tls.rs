@@ -1,0 +1,543 @@
+//! The mesh hop's TLS: version 1.3 alone, post-quantum key exchange first, certificates on both sides, SPIFFE identities.
+//!
+//! [`Credentials`] are what one certificate and one trust bundle make. They are replaced as a whole on renewal and on a
+//! change of trust: new connections use the new ones, open connections stay. Ticket keys belong to the credentials, so
+//! that no session outlives the trust it was made under, and a client's sessions end with its certificate.
+
+use crate::io::Io;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{ClientSessionMemoryCache, Resumption};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, TrustAnchor, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, HandshakeKind, ServerConfig,
+    SignatureScheme,
+};
+use sheer_core::identity::{IdentityError, SpiffeId};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::net::TcpStream;
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+/// What a mesh connection carries. The client side has decided it; the server side never detects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Carried {
+    /// HTTP/1.
+    Http1,
+    /// HTTP/2.
+    Http2,
+    /// Bytes, the application's own TLS among them.
+    Tcp,
+}
+
+impl Carried {
+    const ALL: [Carried; 3] = [Carried::Http1, Carried::Http2, Carried::Tcp];
+
+    /// The protocol name in the handshake (ALPN).
+    pub const fn alpn(self) -> &'static [u8] {
+        match self {
+            Carried::Http1 => b"sheer/1+h1",
+            Carried::Http2 => b"sheer/1+h2",
+            Carried::Tcp => b"sheer/1+tcp",
+        }
+    }
+
+    /// The protocol of this name.
+    pub fn of_alpn(name: &[u8]) -> Option<Carried> {
+        Self::ALL.into_iter().find(|carried| carried.alpn() == name)
+    }
+}
+
+/// Why credentials cannot be made, or a handshake did not end in a mesh connection.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// There is no certificate in the chain.
+    #[error("the certificate chain is empty")]
+    NoCertificate,
+    /// A certificate does not parse.
+    #[error("the certificate does not parse")]
+    Malformed,
+    /// The certificate names no workload, or more than one.
+    #[error("the certificate must have exactly one URI name, it has {0}")]
+    Names(usize),
+    /// The certificate's URI is no workload identity.
+    #[error("the certificate's name is no workload identity: {0}")]
+    Identity(#[from] IdentityError),
+    /// The certificate is of another trust domain.
+    #[error("the certificate is of trust domain '{0}'")]
+    TrustDomain(String),
+    /// A resumed session's certificate has expired.
+    #[error("the resumed session's certificate has expired")]
+    Expired,
+    /// The peer chose no protocol of ours.
+    #[error("the peer speaks no protocol of the mesh")]
+    Protocol,
+    /// TLS itself: keys that do not fit, a peer that is not trusted, a broken handshake.
+    #[error("TLS: {0}")]
+    Tls(#[from] rustls::Error),
+    /// The connection broke during the handshake.
+    #[error("the connection broke during the handshake: {0}")]
+    Io(std::io::Error),
+}
+
+impl TlsError {
+    fn of_handshake(error: std::io::Error) -> Self {
+        match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            Some(tls) => TlsError::Tls(tls.clone()),
+            None => TlsError::Io(error),
+        }
+    }
+
+    /// True when the peer's certificate or name is at fault, not the connection.
+    pub fn is_untrusted(&self) -> bool {
+        match self {
+            TlsError::Tls(
+                rustls::Error::InvalidCertificate(_)
+                | rustls::Error::NoCertificatesPresented
+                | rustls::Error::AlertReceived(
+                    rustls::AlertDescription::BadCertificate
+                    | rustls::AlertDescription::UnknownCA
+                    | rustls::AlertDescription::CertificateExpired
+                    | rustls::AlertDescription::CertificateRequired
+                    | rustls::AlertDescription::CertificateUnknown,
+                ),
+            ) => true,
+            TlsError::Malformed | TlsError::Names(_) | TlsError::Identity(_) | TlsError::TrustDomain(_) => true,
+            TlsError::Expired | TlsError::NoCertificate => true,
+            TlsError::Tls(_) | TlsError::Protocol | TlsError::Io(_) => false,
+        }
+    }
+}
+
+/// A certificate, its key and the trust bundle, ready for connections in both directions.
+pub struct Credentials {
+    id: SpiffeId,
+    not_after: SystemTime,
+    server: Arc<ServerConfig>,
+    client: ClientConfig,
+}
+
+impl Credentials {
+    /// Credentials of a chain (leaf first), its key, and the roots of the trust domain.
+    ///
+    /// # Errors
+    /// When the chain names no workload of the trust domain, the key does not belong to it, or a root does not parse.
+    pub fn new(
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+        trust_domain: &str,
+        roots: &[CertificateDer<'static>],
+    ) -> Result<Arc<Self>, TlsError> {
+        let leaf = Leaf::read(chain.first().ok_or(TlsError::NoCertificate)?)?;
+        if leaf.id.trust_domain() != trust_domain {
+            return Err(TlsError::TrustDomain(leaf.id.trust_domain().to_owned()));
+        }
+        let provider = Arc::new(provider());
+        let verifier = Arc::new(Verifier::new(trust_domain, roots, &provider)?);
+        let certificate = Arc::new(SingleCertAndKey::from(CertifiedKey::from_der(chain, key, &provider)?));
+        Ok(Arc::new(Self {
+            server: Arc::new(server_config(&provider, &verifier, &certificate)?),
+            client: client_config(&provider, verifier, certificate)?,
+            id: leaf.id,
+            not_after: leaf.not_after,
+        }))
+    }
+
+    /// The workload's own identity.
+    pub fn id(&self) -> &SpiffeId {
+        &self.id
+    }
+
+    /// When the certificate expires.
+    pub fn not_after(&self) -> SystemTime {
+        self.not_after
+    }
+
+    /// How one endpoint is dialled: its sessions are kept here and nowhere else.
+    pub fn dialer(&self) -> Dialer {
+        let mut base = self.client.clone();
+        base.resumption = Resumption::store(Arc::new(ClientSessionMemoryCache::new(1)));
+        Dialer {
+            configs: Carried::ALL.map(|carried| {
+                let mut config = base.clone();
+                config.alpn_protocols = vec![carried.alpn().to_vec()];
+                Arc::new(config)
+            }),
+        }
+    }
+
+    /// Accepts a mesh connection.
+    ///
+    /// # Errors
+    /// When the handshake fails, or the peer is no workload of this trust domain.
+    pub async fn accept(&self, stream: TcpStream) -> Result<Accepted, TlsError> {
+        let acceptor = tokio_rustls::TlsAcceptor::from(self.server.clone());
+        let stream = acceptor.accept(stream).await.map_err(TlsError::of_handshake)?;
+        let (_, session) = stream.get_ref();
+        let leaf = peer_of(session.peer_certificates(), session.handshake_kind())?;
+        let carried = session.alpn_protocol().and_then(Carried::of_alpn).ok_or(TlsError::Protocol)?;
+        let server_name = session.server_name().unwrap_or_default().to_owned();
+        Ok(Accepted { peer: leaf.id, server_name, carried, io: Io::Tls(Box::new(stream.into())) })
+    }
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Credentials").field("id", &self.id).field("not_after", &self.not_after).finish_non_exhaustive()
+    }
+}
+
+/// A connection from a mesh peer.
+pub struct Accepted {
+    /// The connection.
+    pub io: Io,
+    /// Who is at the other end.
+    pub peer: SpiffeId,
+    /// The server name that was asked for: it names the workload's port.
+    pub server_name: String,
+    /// What the connection carries.
+    pub carried: Carried,
+}
+
+/// How one endpoint is dialled. Keeps that endpoint's sessions for resumption.
+pub struct Dialer {
+    configs: [Arc<ClientConfig>; 3],
+}
+
+impl Dialer {
+    /// Makes a mesh connection of a TCP connection and says who answered. The caller decides whether that identity is
+    /// one of the service's.
+    ///
+    /// # Errors
+    /// When the handshake fails, or the peer is no workload of this trust domain.
+    pub async fn connect(
+        &self,
+        stream: TcpStream,
+        server_name: &str,
+        carried: Carried,
+    ) -> Result<(Io, SpiffeId), TlsError> {
+        let name = ServerName::try_from(server_name.to_owned())
+            .map_err(|_| TlsError::Tls(rustls::Error::General(format!("'{server_name}' is no server name"))))?;
+        let config = match carried {
+            Carried::Http1 => &self.configs[0],
+            Carried::Http2 => &self.configs[1],
+            Carried::Tcp => &self.configs[2],
+        };
+        let connector = tokio_rustls::TlsConnector::from(config.clone());
+        let stream = connector.connect(name, stream).await.map_err(TlsError::of_handshake)?;
+        let (_, session) = stream.get_ref();
+        if session.alpn_protocol() != Some(carried.alpn()) {
+            return Err(TlsError::Protocol);
+        }
+        let leaf = peer_of(session.peer_certificates(), session.handshake_kind())?;
+        Ok((Io::Tls(Box::new(stream.into())), leaf.id))
+    }
+}
+
+/// Rustls checks the certificate of a full handshake; one that a session remembers may have expired since.
+fn peer_of(chain: Option<&[CertificateDer<'_>]>, kind: Option<HandshakeKind>) -> Result<Leaf, TlsError> {
+    let leaf = Leaf::read(chain.and_then(<[_]>::first).ok_or(TlsError::NoCertificate)?)?;
+    if kind == Some(HandshakeKind::Resumed) && leaf.not_after <= SystemTime::now() {
+        return Err(TlsError::Expired);
+    }
+    Ok(leaf)
+}
+
+/// The algorithms of the mesh hop. AES-128-GCM goes first: the hop's strength is P-256's, and it is the cheapest.
+fn provider() -> CryptoProvider {
+    use aws_lc_rs::{cipher_suite, kx_group};
+    CryptoProvider {
+        cipher_suites: vec![
+            cipher_suite::TLS13_AES_128_GCM_SHA256,
+            cipher_suite::TLS13_AES_256_GCM_SHA384,
+            cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
+        ],
+        kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1],
+        ..aws_lc_rs::default_provider()
+    }
+}
+
+fn server_config(
+    provider: &Arc<CryptoProvider>,
+    verifier: &Arc<Verifier>,
+    certificate: &Arc<SingleCertAndKey>,
+) -> Result<ServerConfig, TlsError> {
+    let mut config = ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier.clone())
+        .with_cert_resolver(certificate.clone());
+    config.alpn_protocols = Carried::ALL.map(|carried| carried.alpn().to_vec()).to_vec();
+    config.ticketer = aws_lc_rs::Ticketer::new()?;
+    config.max_early_data_size = 0;
+    Ok(config)
+}
+
+fn client_config(
+    provider: &Arc<CryptoProvider>,
+    verifier: Arc<Verifier>,
+    certificate: Arc<SingleCertAndKey>,
+) -> Result<ClientConfig, TlsError> {
+    let mut config = ClientConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_client_cert_resolver(certificate);
+    config.enable_early_data = false;
+    Ok(config)
+}
+
+/// What the mesh reads of a peer's certificate.
+struct Leaf {
+    id: SpiffeId,
+    not_after: SystemTime,
+}
+
+impl Leaf {
+    /// Reads the one URI name (X.509-SVID, section 2) and the expiry. Says nothing about trust.
+    fn read(certificate: &CertificateDer<'_>) -> Result<Self, TlsError> {
+        let (rest, parsed) = X509Certificate::from_der(certificate).map_err(|_| TlsError::Malformed)?;
+        if !rest.is_empty() || parsed.is_ca() {
+            return Err(TlsError::Malformed);
+        }
+        let names = parsed.subject_alternative_name().map_err(|_| TlsError::Malformed)?;
+        let mut uris = names.iter().flat_map(|names| &names.value.general_names).filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        });
+        let (Some(uri), None) = (uris.next(), uris.next()) else {
+            let all = names.iter().flat_map(|names| &names.value.general_names);
+            return Err(TlsError::Names(all.filter(|name| matches!(name, GeneralName::URI(_))).count()));
+        };
+        let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
+        Ok(Self { id: SpiffeId::parse(uri)?, not_after: SystemTime::UNIX_EPOCH + Duration::from_secs(seconds) })
+    }
+}
+
+/// Admits the workloads of one trust domain: a chain to one of its roots, the right usage, one workload identity.
+#[derive(Debug)]
+struct Verifier {
+    trust_domain: String,
+    anchors: Vec<TrustAnchor<'static>>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl Verifier {
+    fn new(trust_domain: &str, roots: &[CertificateDer<'static>], provider: &CryptoProvider) -> Result<Self, TlsError> {
+        let anchor = |root| webpki::anchor_from_trusted_cert(root).map(|anchor| anchor.to_owned());
+        let anchors = roots.iter().map(anchor).collect::<Result<_, _>>().map_err(|_| TlsError::Malformed)?;
+        let algorithms = provider.signature_verification_algorithms;
+        Ok(Self { trust_domain: trust_domain.to_owned(), anchors, algorithms })
+    }
+
+    fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+        usage: webpki::KeyUsage,
+    ) -> Result<(), rustls::Error> {
+        let certificate = webpki::EndEntityCert::try_from(leaf).map_err(refused)?;
+        certificate
+            .verify_for_usage(self.algorithms.all, &self.anchors, intermediates, now, usage, None, None)
+            .map_err(refused)?;
+        let read = Leaf::read(leaf).map_err(|error| invalid(Arc::new(error)))?;
+        if read.id.trust_domain() != self.trust_domain {
+            return Err(invalid(Arc::new(TlsError::TrustDomain(read.id.trust_domain().to_owned()))));
+        }
+        Ok(())
+    }
+}
+
+fn refused(error: webpki::Error) -> rustls::Error {
+    let reason = match error {
+        webpki::Error::CertExpired { time, not_after } => CertificateError::ExpiredContext { time, not_after },
+        webpki::Error::CertNotValidYet { time, not_before } => {
+            CertificateError::NotValidYetContext { time, not_before }
+        }
+        webpki::Error::UnknownIssuer => CertificateError::UnknownIssuer,
+        webpki::Error::BadDer | webpki::Error::BadDerTime | webpki::Error::TrailingData(_) => {
+            CertificateError::BadEncoding
+        }
+        other => CertificateError::Other(rustls::OtherError(Arc::new(other))),
+    };
+    rustls::Error::InvalidCertificate(reason)
+}
+
+fn invalid(error: Arc<TlsError>) -> rustls::Error {
+    rustls::Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(error)))
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.verify(end_entity, intermediates, now, webpki::KeyUsage::server_auth())?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::PeerIncompatible(rustls::PeerIncompatible::Tls13RequiredForQuic))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for Verifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.verify(end_entity, intermediates, now, webpki::KeyUsage::client_auth())?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        ServerCertVerifier::verify_tls12_signature(self, message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        ServerCertVerifier::verify_tls13_signature(self, message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Authority, loopback};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    const NAME: &str = "p8080.web.default.svc.mesh.internal";
+
+    async fn meet(
+        client: &Credentials,
+        server: &Credentials,
+    ) -> (Result<(Io, SpiffeId), TlsError>, Result<Accepted, TlsError>) {
+        let (near, far) = loopback().await;
+        let dialer = client.dialer();
+        tokio::join!(dialer.connect(near, NAME, Carried::Http2), server.accept(far))
+    }
+
+    #[tokio::test]
+    async fn both_sides_know_each_other() {
+        let ca = Authority::new("mesh.internal");
+        let (web, api) = (ca.credentials("default", "web"), ca.credentials("default", "api"));
+        let (near, far) = meet(&api, &web).await;
+        let ((mut io, answered), accepted) = (near.unwrap(), far.unwrap());
+        assert_eq!(answered, *web.id());
+        assert_eq!((&accepted.peer, accepted.carried, &*accepted.server_name), (api.id(), Carried::Http2, NAME));
+        let (_, session) = io.tls().unwrap().get_ref();
+        assert_eq!(session.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
+        assert_eq!(session.negotiated_key_exchange_group().unwrap().name(), rustls::NamedGroup::X25519MLKEM768);
+        io.write_all(b"x").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn sessions_are_resumed_and_the_peer_is_still_known() {
+        let ca = Authority::new("mesh.internal");
+        let (web, api) = (ca.credentials("default", "web"), ca.credentials("default", "api"));
+        let dialer = api.dialer();
+        let mut kinds = Vec::new();
+        for _ in 0..2 {
+            let (near, far) = loopback().await;
+            let (near, far) = tokio::join!(dialer.connect(near, NAME, Carried::Http1), web.accept(far));
+            let ((mut near, answered), mut far) = (near.unwrap(), far.unwrap());
+            assert_eq!((&answered, &far.peer), (web.id(), api.id()));
+            kinds.push(near.tls().unwrap().get_ref().1.handshake_kind().unwrap());
+            // The ticket follows the handshake: it arrives with the first bytes.
+            far.io.write_all(b"x").await.unwrap();
+            far.io.flush().await.unwrap();
+            near.read_u8().await.unwrap();
+        }
+        assert_eq!(kinds[1], HandshakeKind::Resumed, "{kinds:?}");
+        // Renewed credentials know nothing of old sessions.
+        let renewed = ca.credentials("default", "web");
+        let (near, far) = loopback().await;
+        let (near, far) = tokio::join!(dialer.connect(near, NAME, Carried::Http1), renewed.accept(far));
+        assert_ne!(near.unwrap().0.tls().unwrap().get_ref().1.handshake_kind(), Some(HandshakeKind::Resumed));
+        far.unwrap();
+    }
+
+    #[tokio::test]
+    async fn strangers_are_refused_on_both_sides() {
+        let ca = Authority::new("mesh.internal");
+        let web = ca.credentials("default", "web");
+        for stranger in [
+            Authority::new("mesh.internal").credentials("default", "api"),
+            Authority::new("other.example").credentials("default", "api"),
+            ca.certify("mesh.internal", |params| params.not_after = rcgen::date_time_ymd(2020, 1, 2)),
+            ca.certify("mesh.internal", |params| params.not_before = rcgen::date_time_ymd(2200, 1, 1)),
+            ca.certify("mesh.internal", |params| {
+                params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::TimeStamping];
+            }),
+        ] {
+            let (_, far) = meet(&stranger, &web).await;
+            assert!(far.is_err(), "{stranger:?} came in");
+            let (near, _) = meet(&web, &stranger).await;
+            assert!(near.unwrap_err().is_untrusted(), "{stranger:?} was talked to");
+        }
+    }
+
+    #[test]
+    fn certificates_name_exactly_one_workload() {
+        let ca = Authority::new("mesh.internal");
+        let uri = |text: &str| rcgen::SanType::URI(text.try_into().unwrap());
+        let two = ["spiffe://mesh.internal/ns/default/sa/a", "spiffe://mesh.internal/ns/default/sa/b"].map(uri);
+        for names in [
+            vec![],
+            two.to_vec(),
+            vec![uri("spiffe://MESH.internal/ns/default/sa/a")],
+            vec![uri("spiffe://mesh.internal/ns/default/sa/a/")],
+            vec![uri("spiffe://other/ns/default/sa/a")],
+        ] {
+            assert!(ca.try_certify("mesh.internal", |params| params.subject_alt_names = names.clone()).is_err());
+        }
+        assert!(
+            ca.try_certify("mesh.internal", |params| params.is_ca =
+                rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained))
+                .is_err()
+        );
+    }
+}
