@@ -9,6 +9,7 @@
 //! - [`snapshot`], [`assemble`]: what a proxy decides with, made from wire messages.
 //! - [`route`], [`balance`], [`retry`]: which rule, which endpoint, whether again.
 //! - [`cause`]: why a request failed, and what each reader is told of it.
+//! - [`diagnostic`], [`resource`], [`compile`]: what users write, and what proxies are told of it.
 //! - [`histogram`]: the latency buckets that proxies, control plane and command line share.
 //! - [`token`]: join tokens.
 //! - [`api`]: the JSON between control plane and command line.
@@ -17,10 +18,13 @@ pub mod api;
 pub mod assemble;
 pub mod balance;
 pub mod cause;
+pub mod compile;
+pub mod diagnostic;
 pub mod head;
 pub mod histogram;
 pub mod identity;
 pub mod name;
+pub mod resource;
 pub mod retry;
 pub mod route;
 pub mod snapshot;

@@ -1,0 +1,226 @@
+//! The workloads that are registered now, indexed by the services they answer for.
+
+use super::Compiled;
+use crate::identity::SpiffeId;
+use crate::name::{DnsLabel, ServiceName};
+use crate::wire::v1::{Health, Hop, Mode, Protocol};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+/// A workload as it registered, after everything it claims was granted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Registered {
+    /// `<cluster>/<source>/<namespace>/<name>`.
+    pub uid: String,
+    /// Its namespace and name.
+    pub name: ServiceName,
+    /// The service it names.
+    pub service: Option<ServiceName>,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its certified identity.
+    pub identity: SpiffeId,
+    /// Its ports.
+    pub ports: Vec<RegisteredPort>,
+    /// Where peers dial it.
+    pub address: IpAddr,
+    /// The network of the address; empty for the one network.
+    pub network: String,
+    /// `region/zone`; empty when unknown.
+    pub locality: String,
+    /// How well it is.
+    pub health: Health,
+    /// What its proxy was asked to enforce.
+    pub mode: Mode,
+}
+
+/// One port of a registered workload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegisteredPort {
+    /// The application's port.
+    pub port: u16,
+    /// Its name; may be empty.
+    pub name: String,
+    /// The declared protocol.
+    pub protocol: Protocol,
+    /// Where the proxy takes connections for it.
+    pub mesh_port: u16,
+    /// How to dial it there.
+    pub hop: Hop,
+    /// Whether the application accepts.
+    pub ready: bool,
+}
+
+/// Wire resources that a change may have made different, by their services. Each is to be made anew; one that is then
+/// absent is removed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Of these, the Service.
+    pub services: BTreeSet<ServiceName>,
+    /// Of these, the Endpoints.
+    pub endpoints: BTreeSet<ServiceName>,
+    /// Of these, the Routes.
+    pub routes: BTreeSet<ServiceName>,
+}
+
+/// All registered workloads.
+#[derive(Clone, Debug, Default)]
+pub struct Fleet {
+    workloads: BTreeMap<String, Registered>,
+    /// Service -> uids of those that answer for it.
+    members: BTreeMap<ServiceName, BTreeSet<String>>,
+    /// Service -> uids of those that name it, whether or not they answer for it.
+    claimants: BTreeMap<ServiceName, BTreeSet<String>>,
+}
+
+impl Fleet {
+    /// A fleet of these workloads.
+    pub fn new(compiled: &Compiled, workloads: impl IntoIterator<Item = Registered>) -> Self {
+        let mut fleet = Self::default();
+        for workload in workloads {
+            fleet.insert(compiled, workload);
+        }
+        fleet
+    }
+
+    /// The same workloads under another configuration.
+    pub fn recompiled(self, compiled: &Compiled) -> Self {
+        Self::new(compiled, self.workloads.into_values())
+    }
+
+    /// Adds a workload, or replaces the one with its uid.
+    pub fn upsert(&mut self, compiled: &Compiled, workload: Registered) -> Changes {
+        if self.workloads.get(&workload.uid) == Some(&workload) {
+            return Changes::default();
+        }
+        let before = self.workloads.remove(&workload.uid);
+        let mut changes = Changes::default();
+        if let Some(before) = &before {
+            self.unlink(compiled, before, &mut changes);
+        }
+        let uid = workload.uid.clone();
+        self.insert(compiled, workload);
+        if let Some(workload) = self.workloads.get(&uid) {
+            note(compiled, workload, &mut changes);
+        }
+        changes
+    }
+
+    /// Removes a workload.
+    pub fn remove(&mut self, compiled: &Compiled, uid: &str) -> Changes {
+        let mut changes = Changes::default();
+        if let Some(before) = self.workloads.remove(uid) {
+            self.unlink(compiled, &before, &mut changes);
+        }
+        changes
+    }
+
+    /// One workload.
+    pub fn workload(&self, uid: &str) -> Option<&Registered> {
+        self.workloads.get(uid)
+    }
+
+    /// All workloads, by uid.
+    pub fn workloads(&self) -> impl Iterator<Item = &Registered> {
+        self.workloads.values()
+    }
+
+    /// The workloads that answer for a service, by uid.
+    pub fn members(&self, service: &ServiceName) -> impl Iterator<Item = &Registered> {
+        self.members.get(service).into_iter().flatten().filter_map(|uid| self.workloads.get(uid))
+    }
+
+    /// The workloads that name a service, by uid.
+    pub fn claimants(&self, service: &ServiceName) -> impl Iterator<Item = &Registered> {
+        self.claimants.get(service).into_iter().flatten().filter_map(|uid| self.workloads.get(uid))
+    }
+
+    /// The services that workloads name, written or not.
+    pub fn claimed(&self) -> impl Iterator<Item = &ServiceName> {
+        self.claimants.keys()
+    }
+
+    fn insert(&mut self, compiled: &Compiled, workload: Registered) {
+        for service in services_of(compiled, &workload) {
+            self.members.entry(service).or_default().insert(workload.uid.clone());
+        }
+        if let Some(service) = &workload.service {
+            self.claimants.entry(service.clone()).or_default().insert(workload.uid.clone());
+        }
+        self.workloads.insert(workload.uid.clone(), workload);
+    }
+
+    fn unlink(&mut self, compiled: &Compiled, workload: &Registered, changes: &mut Changes) {
+        note(compiled, workload, changes);
+        for service in services_of(compiled, workload) {
+            leave(&mut self.members, &service, &workload.uid);
+        }
+        if let Some(service) = &workload.service {
+            leave(&mut self.claimants, service, &workload.uid);
+        }
+    }
+}
+
+fn leave(index: &mut BTreeMap<ServiceName, BTreeSet<String>>, service: &ServiceName, uid: &str) {
+    if let Some(uids) = index.get_mut(service) {
+        uids.remove(uid);
+        if uids.is_empty() {
+            index.remove(service);
+        }
+    }
+}
+
+/// Notes what depends on a workload.
+fn note(compiled: &Compiled, workload: &Registered, changes: &mut Changes) {
+    changes.endpoints.extend(services_of(compiled, workload));
+    // An implied service has its ports from those who name it, and routes may refer to it.
+    if let Some(service) = workload.service.as_ref().filter(|name| !compiled.services.contains_key(name)) {
+        changes.services.insert(service.clone());
+        changes.endpoints.insert(service.clone());
+        changes.routes.extend(compiled.services_sending_to(service).cloned());
+        changes.routes.insert(service.clone());
+    }
+}
+
+/// The services that a workload answers for: those whose selector matches its labels, and the one it names unless that
+/// one is written with a selector, which then decides.
+pub(super) fn services_of(compiled: &Compiled, workload: &Registered) -> BTreeSet<ServiceName> {
+    let labels = Labels { own: &workload.labels, service: workload.service.as_ref().map(|it| &it.name) };
+    services(compiled, &workload.name.namespace, workload.service.as_ref(), &labels)
+}
+
+pub(super) fn services(
+    compiled: &Compiled,
+    namespace: &DnsLabel,
+    named: Option<&ServiceName>,
+    labels: &Labels<'_>,
+) -> BTreeSet<ServiceName> {
+    let by_selector = compiled.services_in(namespace).filter(|service| {
+        !service.selector.is_empty() && service.selector.iter().all(|(name, value)| labels.has(name, value))
+    });
+    let mut services: BTreeSet<ServiceName> = by_selector.map(|service| service.meta.name.clone()).collect();
+    if let Some(named) = named
+        && &named.namespace == namespace
+        && compiled.services.get(named).is_none_or(|written| written.selector.is_empty())
+    {
+        services.insert(named.clone());
+    }
+    services
+}
+
+/// A workload's labels. `app` and `app.kubernetes.io/name` are the service it names where it does not carry them, so that
+/// the usual selectors find it.
+pub(super) struct Labels<'a> {
+    pub(super) own: &'a BTreeMap<String, String>,
+    pub(super) service: Option<&'a DnsLabel>,
+}
+
+impl Labels<'_> {
+    fn has(&self, name: &str, value: &str) -> bool {
+        match (self.own.get(name), self.service, name) {
+            (Some(own), _, _) => own == value,
+            (None, Some(service), "app" | "app.kubernetes.io/name") => service.as_str() == value,
+            (None, _, _) => false,
+        }
+    }
+}
