@@ -1,5 +1,6 @@
 //! The command line: the tree of commands and the flags that all of them share.
 
+use crate::cmd;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -59,11 +60,37 @@ pub(crate) struct Shared {
 
 /// One variant a verb; each verb is a file in `cmd/`.
 #[derive(Subcommand)]
-pub(crate) enum Command {}
+pub(crate) enum Command {
+    /// Bring objects into the running configuration
+    Apply(cmd::apply::Args),
+    /// Show what apply would change
+    Diff(cmd::diff::Args),
+    /// Remove an object that apply wrote
+    Delete(cmd::delete::Args),
+    /// Show services, workloads and written objects
+    Get(cmd::get::Args),
+    /// Say whether the installation is healthy, and how to mend it
+    Check(cmd::check::Args),
+    /// Show how well services answer, and who calls them
+    Stat(cmd::stat::Args),
+    /// Show who calls whom, by which route and protocol
+    Edges(cmd::edges::Args),
+    /// Make join tokens for workloads of other hosts
+    Token(cmd::token::Args),
+}
 
 impl Command {
     /// Runs the command; its exit status is the process's.
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
-        match self {}
+        match self {
+            Self::Apply(args) => cmd::apply::run(args),
+            Self::Diff(args) => cmd::diff::run(args),
+            Self::Delete(args) => cmd::delete::run(args),
+            Self::Get(args) => cmd::get::run(args),
+            Self::Check(args) => cmd::check::run(args),
+            Self::Stat(args) => cmd::stat::run(args),
+            Self::Edges(args) => cmd::edges::run(args),
+            Self::Token(args) => cmd::token::run(args),
+        }
     }
 }

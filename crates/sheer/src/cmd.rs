@@ -1,5 +1,15 @@
 //! The verbs of the command line, one file each.
 
+pub(crate) mod apply;
+pub(crate) mod check;
+pub(crate) mod delete;
+pub(crate) mod diff;
+pub(crate) mod edges;
+pub(crate) mod get;
+pub(crate) mod sources;
+pub(crate) mod stat;
+pub(crate) mod token;
+
 use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
 

@@ -1,8 +1,13 @@
 //! Entry point of the `sheer` binary: reads the command line and dispatches to one verb.
 
 mod cli;
+mod client;
 mod cmd;
+#[allow(dead_code, reason = "for the commands that start processes")]
+mod dirs;
+mod duration;
 mod logging;
+mod output;
 mod settings;
 
 use clap::{CommandFactory as _, FromArgMatches as _};

@@ -1,0 +1,289 @@
+//! `sheer get`: services, workloads and written objects.
+
+use crate::client::{Client, Connect, query};
+use crate::output::{self, Columns};
+use anyhow::bail;
+use serde_json::{Value, json};
+use sheer_core::api::{ObjectView, PortView, ServiceView, WorkloadState, WorkloadView};
+use std::process::ExitCode;
+
+/// Flags of `sheer get`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  sheer get                          # everything that is known
+  sheer get services
+  sheer get service web -o yaml      # also of an implied one: a start for writing your own
+  sheer get httproutes -n shop -o json")]
+pub(crate) struct Args {
+    /// The kind: service, workload, httproute, mesh or enrollment
+    kind: Option<String>,
+
+    /// One object: NAME or NAMESPACE/NAME
+    #[arg(value_name = "[NAMESPACE/]NAME")]
+    name: Option<String>,
+
+    /// Only objects of this namespace [default: all]
+    #[arg(short, long)]
+    namespace: Option<String>,
+
+    /// How to print
+    #[arg(short, long, default_value = "table")]
+    output: Format,
+
+    #[command(flatten)]
+    connect: Connect,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Format {
+    /// Columns for people.
+    Table,
+    /// The objects as YAML, fit for `sheer apply`.
+    Yaml,
+    /// JSON for scripts.
+    Json,
+}
+
+/// Kinds that people can write.
+const WRITTEN: &[&str] = &["Service", "HTTPRoute", "Mesh", "Workload", "Enrollment"];
+
+/// The kind that a person means: in any case, also in the plural.
+///
+/// # Errors
+/// When there is no such kind; the message names those that exist.
+pub(crate) fn written_kind(text: &str) -> anyhow::Result<&'static str> {
+    let lower = text.to_ascii_lowercase();
+    let singular = match lower.as_str() {
+        "meshes" => "mesh",
+        other => other.strip_suffix('s').unwrap_or(other),
+    };
+    match WRITTEN.iter().find(|kind| kind.eq_ignore_ascii_case(singular)) {
+        Some(kind) => Ok(kind),
+        None => bail!("there is no kind '{text}'; the kinds are {}", WRITTEN.join(", ")),
+    }
+}
+
+/// What to look for.
+struct Filter {
+    namespace: Option<String>,
+    name: Option<String>,
+}
+
+impl Filter {
+    fn admits(&self, namespace: &str, name: &str) -> bool {
+        let same = |wanted: &Option<String>, found: &str| wanted.as_deref().is_none_or(|wanted| wanted == found);
+        // Kinds without a namespace show an empty one.
+        (namespace.is_empty() || same(&self.namespace, namespace)) && same(&self.name, name)
+    }
+}
+
+/// Gets; naming an object that does not exist is an error.
+pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let kind = args.kind.as_deref().map(written_kind).transpose()?;
+    let filter = match args.name.as_deref().map(|name| (name, name.split_once('/'))) {
+        Some((_, Some((namespace, name)))) => Filter { namespace: Some(namespace.into()), name: Some(name.into()) },
+        Some((name, None)) => Filter { namespace: args.namespace, name: Some(name.into()) },
+        None => Filter { namespace: args.namespace, name: None },
+    };
+    let client = args.connect.client()?;
+    let found = Found::fetch(&client, kind, &filter)?;
+    if let (Some(kind), Some(name), true) = (kind, &filter.name, found.is_empty()) {
+        bail!("there is no {kind} '{name}'; 'sheer get {}' lists those that are", kind.to_ascii_lowercase());
+    }
+    match args.output {
+        Format::Table => found.table(kind)?,
+        Format::Yaml => found.yaml()?,
+        Format::Json => found.json()?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Default)]
+struct Found {
+    services: Vec<ServiceView>,
+    workloads: Vec<WorkloadView>,
+    /// Written objects, also those behind the services and workloads above.
+    objects: Vec<ObjectView>,
+}
+
+impl Found {
+    fn fetch(client: &Client, kind: Option<&str>, filter: &Filter) -> anyhow::Result<Self> {
+        let mut found = Self::default();
+        let namespace = ("namespace", filter.namespace.as_deref());
+        if kind.is_none_or(|kind| kind == "Service") {
+            found.services = client.get(&query("/api/v1/services", &[namespace]))?;
+            found.services.retain(|s| filter.admits(&s.namespace, &s.name));
+        }
+        if kind.is_none_or(|kind| kind == "Workload") {
+            found.workloads = client.get(&query("/api/v1/workloads", &[namespace]))?;
+            found.workloads.retain(|w| filter.admits(&w.namespace, &w.name));
+        }
+        found.objects = client.get(&query("/api/v1/objects", &[("kind", kind)]))?;
+        found.objects.retain(|o| filter.admits(&o.namespace, &o.name));
+        Ok(found)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.services.is_empty() && self.workloads.is_empty() && self.objects.is_empty()
+    }
+
+    fn written(&self, kind: &str, namespace: &str, name: &str) -> Option<&ObjectView> {
+        self.objects.iter().find(|o| o.kind == kind && o.namespace == namespace && o.name == name)
+    }
+
+    fn table(&self, kind: Option<&str>) -> anyhow::Result<()> {
+        if self.is_empty() {
+            match kind {
+                Some(kind) => anstream::eprintln!("there is no {kind}"),
+                None => anstream::eprintln!(
+                    "the mesh is empty; start a service with 'sheer run NAME --port PORT -- COMMAND'"
+                ),
+            }
+            return Ok(());
+        }
+        let columns = match kind {
+            Some("Service") => services(&self.services),
+            Some("Workload") => self.workloads(),
+            Some(_) => self.written_only(),
+            None => self.everything(),
+        };
+        output::print(&columns.text())
+    }
+
+    fn workloads(&self) -> Columns {
+        let mut columns =
+            Columns::new(&["NAMESPACE", "NAME", "SERVICE", "STATE", "ADDRESS", "PORTS", "MODE", "CAPTURE"]);
+        for w in &self.workloads {
+            columns.row([
+                w.namespace.clone(),
+                w.name.clone(),
+                w.services.join(","),
+                state(w.state).to_owned(),
+                w.address.clone(),
+                ports(&w.ports),
+                w.mode.clone(),
+                w.capture.clone(),
+            ]);
+        }
+        // Written workloads that no proxy stands for.
+        for o in self
+            .objects
+            .iter()
+            .filter(|o| !self.workloads.iter().any(|w| w.namespace == o.namespace && w.name == o.name))
+        {
+            columns.row([&o.namespace, &o.name, "", "written", "", "", "", ""]);
+        }
+        columns
+    }
+
+    fn written_only(&self) -> Columns {
+        let mut columns = Columns::new(&["NAMESPACE", "NAME", "ORIGIN"]);
+        for o in &self.objects {
+            columns.row([&o.namespace, &o.name, &o.origin]);
+        }
+        columns
+    }
+
+    fn everything(&self) -> Columns {
+        let mut columns = Columns::new(&["KIND", "NAMESPACE", "NAME", "ORIGIN"]);
+        for o in &self.objects {
+            columns.row([&o.kind, &o.namespace, &o.name, &o.origin]);
+        }
+        for s in self.services.iter().filter(|s| self.written("Service", &s.namespace, &s.name).is_none()) {
+            columns.row(["Service", &s.namespace, &s.name, "implied"]);
+        }
+        for w in self.workloads.iter().filter(|w| self.written("Workload", &w.namespace, &w.name).is_none()) {
+            columns.row(["Workload", &w.namespace, &w.name, "registered"]);
+        }
+        columns
+    }
+
+    /// Written objects as they are written; implied services as they could be written.
+    fn yaml(&self) -> anyhow::Result<()> {
+        let mut first = true;
+        let mut separate = || if std::mem::take(&mut first) { Ok(()) } else { output::print("---") };
+        for o in &self.objects {
+            separate()?;
+            output::print(o.text.trim_start_matches("---\n").trim_end())?;
+        }
+        for s in self.services.iter().filter(|s| self.written("Service", &s.namespace, &s.name).is_none()) {
+            separate()?;
+            output::print("# implied: a workload named it, nobody wrote it")?;
+            output::yaml(&as_written(s))?;
+        }
+        Ok(())
+    }
+
+    fn json(&self) -> anyhow::Result<()> {
+        output::json(&json!({ "services": self.services, "workloads": self.workloads, "objects": self.objects }))
+    }
+}
+
+fn services(services: &[ServiceView]) -> Columns {
+    let mut columns = Columns::new(&["NAMESPACE", "NAME", "PORTS", "ENDPOINTS", "ADDRESS", "ORIGIN"]);
+    for s in services {
+        let mut endpoints = s.healthy.to_string();
+        for (count, what) in [(s.suspect, "suspect"), (s.draining, "draining")] {
+            if count > 0 {
+                endpoints.push_str(&format!(" +{count} {what}"));
+            }
+        }
+        let origin = if s.implied { "implied" } else { &s.origin };
+        let address = s.virtual_ips.first().cloned().unwrap_or_default();
+        columns.row([s.namespace.clone(), s.name.clone(), ports(&s.ports), endpoints, address, origin.to_owned()]);
+    }
+    columns
+}
+
+fn state(state: WorkloadState) -> &'static str {
+    match state {
+        WorkloadState::Connected => "connected",
+        WorkloadState::Held => "held",
+        WorkloadState::Suspect => "suspect",
+        WorkloadState::Draining => "draining",
+        WorkloadState::Leaving => "leaving",
+        WorkloadState::Certified => "certified",
+    }
+}
+
+fn ports(ports: &[PortView]) -> String {
+    let show = |port: &PortView| match port.protocol.as_str() {
+        "" | "detect" => port.port.to_string(),
+        protocol => format!("{}/{protocol}", port.port),
+    };
+    ports.iter().map(show).collect::<Vec<_>>().join(",")
+}
+
+/// The document that would replace an implied service with the same.
+fn as_written(service: &ServiceView) -> Value {
+    let port = |port: &PortView| {
+        let mut value = json!({ "port": port.port });
+        if !matches!(port.protocol.as_str(), "" | "detect") {
+            value["appProtocol"] = json!(port.protocol);
+        }
+        if !port.name.is_empty() {
+            value["name"] = json!(port.name);
+        }
+        value
+    };
+    json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": { "namespace": service.namespace, "name": service.name },
+        "spec": { "ports": service.ports.iter().map(port).collect::<Vec<_>>() },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_in_any_spelling() {
+        for (text, kind) in [("service", "Service"), ("HTTPRoutes", "HTTPRoute"), ("meshes", "Mesh"), ("mesh", "Mesh")]
+        {
+            assert_eq!(written_kind(text).ok(), Some(kind), "{text}");
+        }
+        assert!(written_kind("pods").unwrap_err().to_string().contains("HTTPRoute"));
+    }
+}
