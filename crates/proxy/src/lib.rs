@@ -4,6 +4,7 @@ pub mod body;
 pub mod capture;
 pub mod dns;
 pub mod drain;
+pub mod h1;
 pub mod h2;
 pub mod io;
 pub mod metrics;
