@@ -10,6 +10,7 @@ pub mod io;
 pub mod metrics;
 pub mod plan;
 pub mod platform;
+pub mod tcp;
 #[cfg(test)]
 mod testing;
 pub mod upstream;
