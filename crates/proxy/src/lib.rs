@@ -2,15 +2,16 @@
 
 pub mod body;
 pub mod capture;
+pub mod control;
 pub mod dns;
 pub mod drain;
-pub mod h1;
 pub mod h2;
+pub mod identity;
 pub mod io;
 pub mod metrics;
 pub mod plan;
 pub mod platform;
-pub mod tcp;
+pub mod state;
 #[cfg(test)]
 mod testing;
 pub mod upstream;

@@ -1,6 +1,4 @@
 //! The way to endpoints: TLS, connections kept, and what is known of each.
 
-pub mod dial;
 pub mod endpoint;
-pub mod pool;
 pub mod tls;

@@ -1,0 +1,202 @@
+//! TLS to a control plane: who is believed to be one, and as whom the proxy comes.
+
+use super::{Address, DialError};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, SignatureScheme};
+use sha2::{Digest, Sha256};
+use std::io;
+use std::sync::Arc;
+use std::time::SystemTime;
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+/// The server name sent before the trust domain is known.
+const FIRST_CONTACT: &str = "control.mesh";
+
+/// The most certificates that a control plane may send.
+const MAX_CHAIN: usize = 6;
+
+/// How a control plane is recognised, and the proxy by it.
+#[derive(Clone)]
+pub enum Trust {
+    /// First contact: SHA-256 of the root's subject public key info, from the join token.
+    Pin([u8; 32]),
+    /// The trust bundle, and the proxy's own certificate.
+    Bundle {
+        /// The trust domain.
+        trust_domain: String,
+        /// Its roots.
+        roots: Arc<[CertificateDer<'static>]>,
+        /// The own chain, leaf first.
+        chain: Vec<CertificateDer<'static>>,
+        /// Its key, PKCS #8.
+        key: Arc<[u8]>,
+    },
+}
+
+impl Trust {
+    pub(super) async fn handshake(
+        &self,
+        address: &Address,
+        stream: TcpStream,
+    ) -> Result<TlsStream<TcpStream>, DialError> {
+        let (config, name) = self.config().map_err(DialError::Own)?;
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+        connector.connect(name, stream).await.map_err(|error| explain(address, error))
+    }
+
+    fn config(&self) -> Result<(ClientConfig, ServerName<'static>), rustls::Error> {
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let algorithms = provider.signature_verification_algorithms;
+        let name = match self {
+            Trust::Pin(_) => FIRST_CONTACT.to_owned(),
+            Trust::Bundle { trust_domain, .. } => format!("control.{trust_domain}"),
+        };
+        let name =
+            ServerName::try_from(name).map_err(|_| rustls::Error::General("the trust domain is no name".into()))?;
+        let verifier = Arc::new(Verifier { trust: self.clone(), algorithms });
+        let builder = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier);
+        let mut config = match self {
+            Trust::Pin(_) => builder.with_no_client_auth(),
+            Trust::Bundle { chain, key, .. } => {
+                let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.to_vec()));
+                builder.with_client_auth_cert(chain.clone(), key)?
+            }
+        };
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Ok((config, name))
+    }
+}
+
+impl std::fmt::Debug for Trust {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Trust::Pin(_) => f.write_str("Pin"),
+            Trust::Bundle { trust_domain, .. } => f.debug_tuple("Bundle").field(trust_domain).finish(),
+        }
+    }
+}
+
+fn explain(address: &Address, error: io::Error) -> DialError {
+    let address = address.clone();
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(
+            CertificateError::Expired
+            | CertificateError::ExpiredContext { .. }
+            | CertificateError::NotValidYet
+            | CertificateError::NotValidYetContext { .. },
+        )) => DialError::Clock { address, now: now_text() },
+        Some(tls) => DialError::Untrusted { address, reason: tls.to_string() },
+        None => DialError::Unreachable { address, source: error },
+    }
+}
+
+fn now_text() -> String {
+    let format = time::format_description::well_known::Rfc3339;
+    time::OffsetDateTime::from(SystemTime::now()).format(&format).unwrap_or_default()
+}
+
+/// Recognises a control plane: its chain ends in a root that is trusted, and its certificate names a control plane.
+#[derive(Debug)]
+struct Verifier {
+    trust: Trust,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if intermediates.len() >= MAX_CHAIN {
+            return Err(CertificateError::UnknownIssuer.into());
+        }
+        let (roots, name) = match &self.trust {
+            Trust::Pin(pin) => {
+                let root = intermediates.last().unwrap_or(end_entity);
+                if key_hash(root)? != *pin {
+                    return Err(rustls::Error::General("its root is not the one that the join token names".into()));
+                }
+                (std::slice::from_ref(root), None)
+            }
+            Trust::Bundle { roots, .. } => (&**roots, Some(server_name)),
+        };
+        let anchors: Vec<_> = roots.iter().filter_map(|root| webpki::anchor_from_trusted_cert(root).ok()).collect();
+        let certificate = webpki::EndEntityCert::try_from(end_entity).map_err(of_webpki)?;
+        certificate
+            .verify_for_usage(
+                self.algorithms.all,
+                &anchors,
+                intermediates,
+                now,
+                webpki::KeyUsage::server_auth(),
+                None,
+                None,
+            )
+            .map_err(of_webpki)?;
+        match name {
+            Some(name) => certificate.verify_is_valid_for_subject_name(name).map_err(of_webpki)?,
+            None => names_a_control_plane(end_entity)?,
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+fn of_webpki(error: webpki::Error) -> rustls::Error {
+    use webpki::Error;
+    match error {
+        Error::CertExpired { .. } => CertificateError::Expired.into(),
+        Error::CertNotValidYet { .. } => CertificateError::NotValidYet.into(),
+        Error::CertNotValidForName(_) => CertificateError::NotValidForName.into(),
+        Error::UnknownIssuer => CertificateError::UnknownIssuer.into(),
+        other => CertificateError::Other(rustls::OtherError(Arc::new(other))).into(),
+    }
+}
+
+fn key_hash(certificate: &CertificateDer<'_>) -> Result<[u8; 32], rustls::Error> {
+    let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| CertificateError::BadEncoding)?;
+    Ok(Sha256::digest(parsed.public_key().raw).into())
+}
+
+/// At first contact the trust domain is not known, but a workload's certificate must not pass for a control plane's.
+fn names_a_control_plane(certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
+    let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| CertificateError::BadEncoding)?;
+    let names = parsed.subject_alternative_name().map_err(|_| CertificateError::BadEncoding)?;
+    let is_control = |name: &GeneralName<'_>| matches!(name, GeneralName::DNSName(dns) if dns.starts_with("control."));
+    if names.is_some_and(|names| names.value.general_names.iter().any(is_control)) {
+        return Ok(());
+    }
+    Err(CertificateError::NotValidForName.into())
+}

@@ -1,0 +1,437 @@
+//! The proxy's certificate: asked for once, renewed before it ends, kept on disk.
+//!
+//! A stored certificate wins over a join token. It is renewed after half its life, by the wall clock, which is looked at
+//! every second: a machine that slept renews as soon as it wakes, also when the certificate has ended meanwhile, with the
+//! key it has always had. Where a renewal is refused and there is a token, the workload joins anew.
+//!
+//! The key is made and stored before it is first used, so that a join that broke off can be repeated with the same key.
+
+mod held;
+
+pub use held::Held;
+
+use crate::control::clients::identity_client::IdentityClient;
+use crate::control::{Address, AddressError, DialError, Trust, dial};
+use crate::metrics::Metrics;
+use crate::state::{Directory, IDENTITY, StateError};
+use crate::upstream::tls::{Credentials, TlsError};
+use arc_swap::ArcSwapOption;
+use held::Stored;
+use prost::Message;
+use rand::Rng;
+use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA256};
+use sheer_core::token::{JoinToken, TokenError};
+use sheer_core::wire::v1;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::sync::{mpsc, watch};
+use tonic::Code;
+
+/// How often the wall clock is looked at.
+const TICK: Duration = Duration::from_secs(1);
+
+/// How long the control plane has for an answer.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// Between attempts: from the first to the last, doubled each time, half of it at random.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LAST_PAUSE: Duration = Duration::from_secs(30);
+
+/// While there is no valid certificate, nothing works: then attempts are not further apart than this.
+const LAST_PAUSE_WITHOUT: Duration = Duration::from_secs(2);
+
+/// Why there is no certificate.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// No control plane is named.
+    #[error("no control plane is named: give --control unix:PATH or HOST:PORT, or a join token")]
+    NoControl,
+    /// An address cannot be read.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// No connection.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// The token file cannot be read.
+    #[error("cannot read the join token in {path}: {source}")]
+    TokenFile {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The token cannot be read.
+    #[error("the join token in {path} cannot be used: {source}")]
+    Token {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: TokenError,
+    },
+    /// The control plane said no.
+    #[error("the control plane at {address} refused a certificate: {message}")]
+    Refused {
+        /// Which one.
+        address: Address,
+        /// In its words.
+        message: String,
+    },
+    /// The control plane could not answer.
+    #[error("the control plane at {address} gave no certificate: {message}; trying again")]
+    Failed {
+        /// Which one.
+        address: Address,
+        /// In its words.
+        message: String,
+    },
+    /// What it sent is not a certificate that was asked for.
+    #[error("the control plane at {address} sent a certificate that cannot be used: {source}")]
+    Certificate {
+        /// Which one.
+        address: Address,
+        /// What is wrong.
+        source: TlsError,
+    },
+    /// What it sent is somebody else's.
+    #[error("the control plane at {address} sent a certificate for {got} instead of {asked}")]
+    Other {
+        /// Which one.
+        address: Address,
+        /// Whose.
+        got: String,
+        /// For whom it was asked.
+        asked: String,
+    },
+    /// The certificate does not hold now.
+    #[error(
+        "the certificate from {address} does not hold at this machine's time; set the clock here or on the control \
+         plane's host, then it goes on by itself"
+    )]
+    Clock {
+        /// Which one.
+        address: Address,
+    },
+    /// The key cannot be made.
+    #[error("cannot make a key: {0}")]
+    Key(#[from] rcgen::Error),
+}
+
+impl IdentityError {
+    /// True when another attempt will end in the same way unless somebody mends something.
+    fn is_final(&self) -> bool {
+        match self {
+            IdentityError::NoControl
+            | IdentityError::Address(_)
+            | IdentityError::TokenFile { .. }
+            | IdentityError::Token { .. }
+            | IdentityError::Refused { .. }
+            | IdentityError::Other { .. }
+            | IdentityError::Key(_)
+            | IdentityError::Dial(DialError::NoToken { .. } | DialError::Forbidden { .. }) => true,
+            IdentityError::Dial(_)
+            | IdentityError::Failed { .. }
+            | IdentityError::Certificate { .. }
+            | IdentityError::Clock { .. } => false,
+        }
+    }
+}
+
+/// Whose certificate is asked for, and of whom.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// The namespace.
+    pub namespace: String,
+    /// The service account.
+    pub service_account: String,
+    /// The workload's name.
+    pub workload: String,
+    /// Control planes, in order of preference.
+    pub control: Vec<Address>,
+    /// A file with a join token.
+    pub token_file: Option<PathBuf>,
+}
+
+/// Keeps a certificate. See the module.
+pub struct Keeper {
+    wanted: Wanted,
+    directory: Directory,
+    stored: Stored,
+    held: watch::Sender<Option<Arc<Held>>>,
+    published: Arc<ArcSwapOption<Credentials>>,
+    trust: mpsc::Receiver<v1::TrustBundle>,
+    metrics: Arc<Metrics>,
+    now: fn() -> SystemTime,
+}
+
+impl Keeper {
+    /// Takes a certificate from disk where there is one for this workload, and publishes it. `trust` brings trust bundles
+    /// that the control plane announces.
+    pub fn new(
+        wanted: Wanted,
+        directory: Directory,
+        published: Arc<ArcSwapOption<Credentials>>,
+        trust: mpsc::Receiver<v1::TrustBundle>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let (held, _) = watch::channel(None);
+        let stored = Stored::default();
+        let mut keeper = Self { wanted, directory, stored, held, published, trust, metrics, now: SystemTime::now };
+        keeper.load();
+        keeper
+    }
+
+    /// Follows the certificate: `None` until there is one.
+    pub fn held(&self) -> watch::Receiver<Option<Arc<Held>>> {
+        self.held.subscribe()
+    }
+
+    /// Gets a certificate and keeps it valid. Returns only when there is none and trying again is no use. Cancel safe:
+    /// what was received and not stored is asked for again with the same key.
+    pub async fn run(mut self) -> IdentityError {
+        let mut failures = 0;
+        let mut next = (self.now)();
+        let mut before = next;
+        loop {
+            let now = (self.now)();
+            let jumped = now.duration_since(before).map_or(true, |passed| passed > 5 * TICK);
+            before = now;
+            if jumped {
+                next = now;
+            }
+            let held = self.held.borrow().clone();
+            if held.as_ref().is_none_or(|held| now >= held.renew_at()) && now >= next {
+                match self.certify().await {
+                    Ok(()) => failures = 0,
+                    Err(error) if held.is_none() && error.is_final() => return error,
+                    Err(error) => {
+                        failures += 1;
+                        if failures == 1 || failures % 10 == 0 {
+                            tracing::warn!("{error}");
+                        }
+                        let valid = held.as_ref().is_some_and(|held| now < held.not_after());
+                        next = now + pause(failures, if valid { LAST_PAUSE } else { LAST_PAUSE_WITHOUT });
+                    }
+                }
+            }
+            let wait = next.duration_since((self.now)()).map_or(TICK, |left| left.min(TICK));
+            // Both arms may be dropped: a sleep holds nothing, and receiving is cancel safe.
+            tokio::select! {
+                () = tokio::time::sleep(wait.max(Duration::from_millis(10))) => {}
+                Some(bundle) = self.trust.recv() => self.adopt(bundle).await,
+            }
+        }
+    }
+
+    fn load(&mut self) {
+        let content = match self.directory.load(IDENTITY) {
+            Ok(Some(content)) => content,
+            Ok(None) => return,
+            Err(error) => return tracing::warn!("{error}"),
+        };
+        let Ok(stored) = Stored::decode(content.as_slice()) else {
+            return tracing::warn!("the stored certificate cannot be decoded and is not used");
+        };
+        if !stored.is_for(&self.wanted) {
+            return tracing::warn!(
+                "the state directory holds a certificate of another workload; it is not used, and replaced"
+            );
+        }
+        self.stored = stored;
+        if self.stored.chain.is_empty() {
+            return;
+        }
+        if let Err(error) = self.publish(self.stored.clone()) {
+            tracing::warn!(%error, "the stored certificate is not used");
+        }
+    }
+
+    fn publish(&mut self, stored: Stored) -> Result<Arc<Held>, TlsError> {
+        let held = Arc::new(Held::new(stored)?);
+        let credentials = held.credentials()?;
+        self.metrics.set_certificate_expires(credentials.not_after());
+        self.published.store(Some(credentials));
+        self.stored = held.stored().clone();
+        self.held.send_replace(Some(held.clone()));
+        Ok(held)
+    }
+
+    /// Takes a changed trust bundle from the control plane.
+    async fn adopt(&mut self, bundle: v1::TrustBundle) {
+        let current = self.stored.trust.as_ref();
+        if current == Some(&bundle) || current.is_some_and(|it| it.trust_domain != bundle.trust_domain) {
+            return;
+        }
+        match self.publish(Stored { trust: Some(bundle), ..self.stored.clone() }) {
+            Ok(_) => self.save().await,
+            Err(error) => tracing::warn!(%error, "the control plane's trust bundle cannot be used"),
+        }
+    }
+
+    async fn save(&self) {
+        let (directory, content) = (self.directory.clone(), self.stored.encode_to_vec());
+        // Flushing to a disk may take long, and this thread also answers DNS.
+        let saved = tokio::task::spawn_blocking(move || directory.save(IDENTITY, &content)).await;
+        if let Ok(Err(error)) = saved {
+            warn_unsaved(&error);
+        }
+    }
+
+    async fn certify(&mut self) -> Result<(), IdentityError> {
+        self.key().await?;
+        let own = self.held.borrow().as_ref().map(|held| held.trust());
+        let has_own = own.is_some();
+        match self.ask_each(own).await {
+            // The own certificate is no use any more; a token may be.
+            Err(error @ IdentityError::Refused { .. }) if has_own => {
+                if self.wanted.token_file.is_none() {
+                    return Err(error);
+                }
+                tracing::warn!("{error}; joining anew with the token");
+                self.ask_each(None).await
+            }
+            other => other,
+        }
+    }
+
+    /// The key, made and stored first where there is none.
+    async fn key(&mut self) -> Result<(), IdentityError> {
+        if !self.stored.key.is_empty() {
+            return Ok(());
+        }
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        self.stored = Stored { key: key.serialize_der(), ..Stored::of(&self.wanted) };
+        self.save().await;
+        Ok(())
+    }
+
+    /// Asks every control plane in turn until one answers.
+    async fn ask_each(&mut self, own: Option<Trust>) -> Result<(), IdentityError> {
+        let mut addresses = self.wanted.control.clone();
+        let known = self.stored.control.iter().filter_map(|text| Address::parse(text).ok());
+        let mut token = None;
+        if own.is_none()
+            && let Some(path) = &self.wanted.token_file
+        {
+            let (text, parsed) = read_token(path).await?;
+            let named = parsed.addresses.iter().filter_map(|text| Address::parse(text).ok());
+            addresses.extend(named);
+            token = Some((text, Trust::Pin(parsed.root_sha256)));
+        } else {
+            addresses.extend(known);
+        }
+        let mut last = IdentityError::NoControl;
+        let mut asked: Vec<Address> = Vec::new();
+        for address in addresses {
+            if asked.contains(&address) {
+                continue;
+            }
+            let (text, trust) = match (&address, &token) {
+                (Address::Unix(_), _) => (String::new(), None),
+                (Address::Tcp(_), Some((text, pin))) => (text.clone(), Some(pin.clone())),
+                (Address::Tcp(_), None) => (String::new(), own.clone()),
+            };
+            match self.ask(&address, trust.as_ref(), text).await {
+                Ok(()) => return Ok(()),
+                Err(error @ IdentityError::Refused { .. }) => return Err(error),
+                Err(error) => last = error,
+            }
+            asked.push(address);
+        }
+        Err(last)
+    }
+
+    async fn ask(&mut self, address: &Address, trust: Option<&Trust>, token: String) -> Result<(), IdentityError> {
+        let channel = dial(address, trust).await?;
+        let key = KeyPair::try_from(self.stored.key.as_slice())?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        let request = v1::CertifyRequest {
+            csr: params.serialize_request(&key)?.der().to_vec().into(),
+            token,
+            namespace: self.wanted.namespace.clone(),
+            service_account: self.wanted.service_account.clone(),
+            workload: self.wanted.workload.clone(),
+        };
+        let mut client = IdentityClient::new(channel);
+        let failed = |message: String| IdentityError::Failed { address: address.clone(), message };
+        let response = match tokio::time::timeout(ANSWER, client.certify(request)).await {
+            Ok(Ok(response)) => response.into_inner(),
+            Ok(Err(status)) => return Err(explain(address, &status)),
+            Err(_) => return Err(failed(format!("no answer within {} s", ANSWER.as_secs()))),
+        };
+        self.take(address, response)?;
+        self.save().await;
+        tracing::info!(%address, "certificate issued");
+        Ok(())
+    }
+
+    fn take(&mut self, address: &Address, response: v1::CertifyResponse) -> Result<(), IdentityError> {
+        let stored = Stored {
+            chain: response.chain.iter().map(|it| it.to_vec()).collect(),
+            trust: response.trust,
+            mesh: response.mesh,
+            uid: response.uid,
+            control: response.control,
+            ..self.stored.clone()
+        };
+        let wrong = |source| IdentityError::Certificate { address: address.clone(), source };
+        let held = Held::new(stored.clone()).map_err(wrong)?;
+        let (got, wanted) = (held.id(), &self.wanted);
+        if got.namespace().as_str() != wanted.namespace || got.service_account().as_str() != wanted.service_account {
+            return Err(IdentityError::Other {
+                address: address.clone(),
+                got: got.to_string(),
+                asked: format!("ns/{}/sa/{}", wanted.namespace, wanted.service_account),
+            });
+        }
+        if !held.holds_at((self.now)()) {
+            return Err(IdentityError::Clock { address: address.clone() });
+        }
+        self.publish(stored).map_err(wrong)?;
+        Ok(())
+    }
+}
+
+async fn read_token(path: &std::path::Path) -> Result<(String, JoinToken), IdentityError> {
+    let text = tokio::fs::read_to_string(path)
+        .await
+        .map_err(|source| IdentityError::TokenFile { path: path.to_owned(), source })?;
+    let text = text.trim().to_owned();
+    let token = JoinToken::parse(&text).map_err(|source| IdentityError::Token { path: path.to_owned(), source })?;
+    Ok((text, token))
+}
+
+fn explain(address: &Address, status: &tonic::Status) -> IdentityError {
+    let (address, message) = (address.clone(), status.message().to_owned());
+    match status.code() {
+        Code::Unauthenticated
+        | Code::PermissionDenied
+        | Code::FailedPrecondition
+        | Code::InvalidArgument
+        | Code::NotFound
+        | Code::AlreadyExists
+        | Code::OutOfRange => IdentityError::Refused { address, message },
+        Code::Unimplemented => {
+            let message = "what answers there is no control plane of this mesh; mend --control".to_owned();
+            IdentityError::Failed { address, message }
+        }
+        code => {
+            let message = if message.is_empty() { code.to_string() } else { message };
+            IdentityError::Failed { address, message }
+        }
+    }
+}
+
+fn warn_unsaved(error: &StateError) {
+    tracing::warn!("{error}; the proxy goes on, and would need the control plane after a restart");
+}
+
+/// The pause after this many failures, one at least: half of it fixed, half at random.
+fn pause(failures: u32, last: Duration) -> Duration {
+    let whole = FIRST_PAUSE.saturating_mul(1 << (failures - 1).min(16)).min(last);
+    whole.mul_f64(rand::rng().random_range(0.5..=1.0))
+}
+
+#[cfg(test)]
+mod tests;

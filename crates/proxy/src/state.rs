@@ -1,0 +1,246 @@
+//! What a proxy keeps on disk, so that it serves without the control plane also after its own restart: its identity and
+//! the last good configuration.
+//!
+//! A file is an 8-byte mark with the format's version, the SHA-256 of what follows, and what follows. It is written beside
+//! its place with mode 0600, flushed to the disk, and renamed over the old one; then the directory is flushed. A kill at
+//! any moment leaves the old file or the new one. A file that is damaged is reported and treated as absent.
+
+use prost::Message;
+use sha2::{Digest, Sha256};
+use sheer_core::wire::discovery;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// File name of the key, certificate and trust.
+pub const IDENTITY: &str = "identity";
+
+/// File name of the last good configuration.
+pub const CONFIGURATION: &str = "configuration";
+
+/// `sheer`, two zeros, and the version of the format.
+const MARK: [u8; 8] = *b"sheer\0\0\x01";
+const HEADER: usize = MARK.len() + 32;
+
+/// The largest file that is read: far above 10,000 services with their endpoints.
+const MAX_BYTES: u64 = 256 << 20;
+
+/// Why a file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// It cannot be read.
+    #[error("cannot read {path}: {source}; make it readable for this user, or choose another directory with --state")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It cannot be written.
+    #[error("cannot write {path}: {source}; make room or make the directory writable, or choose another with --state")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It is not what was written.
+    #[error("{path} is damaged ({what}) and is not used; it is replaced at the next change, nothing needs to be done")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+}
+
+/// The state directory of one proxy.
+#[derive(Clone, Debug)]
+pub struct Directory(PathBuf);
+
+impl Directory {
+    /// The directory at this path, made (0700) when it is not there.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn open(path: &Path) -> Result<Self, StateError> {
+        use std::os::unix::fs::DirBuilderExt;
+        match std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path) {
+            Ok(()) => Ok(Self(path.to_owned())),
+            Err(source) => Err(StateError::Write { path: path.to_owned(), source }),
+        }
+    }
+
+    /// Reads a file's content; `None` when there is none.
+    ///
+    /// # Errors
+    /// When it cannot be read or is damaged.
+    pub fn load(&self, name: &str) -> Result<Option<Vec<u8>>, StateError> {
+        let path = self.0.join(name);
+        let read = || -> io::Result<Vec<u8>> {
+            let file = File::open(&path)?;
+            let mut bytes = Vec::new();
+            file.take(MAX_BYTES).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        match read() {
+            Ok(bytes) => match unseal(&bytes) {
+                Ok(content) => Ok(Some(content.to_vec())),
+                Err(what) => Err(StateError::Damaged { path, what }),
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(StateError::Read { path, source }),
+        }
+    }
+
+    /// Replaces a file's content. Blocks until it is on the disk.
+    ///
+    /// # Errors
+    /// When it cannot be written; the old content is then still there.
+    pub fn save(&self, name: &str, content: &[u8]) -> Result<(), StateError> {
+        let path = self.0.join(name);
+        let beside = self.0.join(format!(".{name}.new"));
+        let write = || {
+            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+            file.write_all(&seal(content))?;
+            file.sync_all()?;
+            std::fs::rename(&beside, &path)?;
+            File::open(&self.0)?.sync_all()
+        };
+        write().map_err(|source| {
+            let _ = std::fs::remove_file(&beside);
+            StateError::Write { path, source }
+        })
+    }
+}
+
+fn seal(content: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER + content.len());
+    bytes.extend_from_slice(&MARK);
+    bytes.extend_from_slice(&Sha256::digest(content));
+    bytes.extend_from_slice(content);
+    bytes
+}
+
+fn unseal(bytes: &[u8]) -> Result<&[u8], &'static str> {
+    let (header, content) = bytes.split_at_checked(HEADER).ok_or("it is cut off")?;
+    let (mark, sum) = header.split_at(MARK.len());
+    if mark[..7] != MARK[..7] {
+        return Err("it is no state file of a proxy");
+    }
+    if mark != MARK {
+        return Err("another version of the proxy wrote it");
+    }
+    if sum != Sha256::digest(content).as_slice() {
+        return Err("its checksum does not match");
+    }
+    Ok(content)
+}
+
+/// The last good configuration: resources as they were received.
+#[derive(Clone, PartialEq, Message)]
+pub struct Configuration {
+    /// The resources, with their names, versions and encoded content.
+    #[prost(message, repeated, tag = "1")]
+    pub resources: Vec<discovery::Resource>,
+}
+
+impl Configuration {
+    /// Reads it from disk. What cannot be used is reported and left out: the proxy then waits for the control plane.
+    pub fn load(directory: &Directory) -> Option<Self> {
+        let content = match directory.load(CONFIGURATION) {
+            Ok(content) => content?,
+            Err(error) => {
+                tracing::warn!("{error}");
+                return None;
+            }
+        };
+        match Self::decode(content.as_slice()) {
+            Ok(configuration) => Some(configuration),
+            Err(error) => {
+                tracing::warn!(%error, "the stored configuration cannot be decoded and is not used");
+                None
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn directory() -> (tempfile::TempDir, Directory) {
+        let guard = tempfile::tempdir().unwrap();
+        let directory = Directory::open(&guard.path().join("a/b")).unwrap();
+        (guard, directory)
+    }
+
+    #[test]
+    fn what_was_saved_is_loaded() {
+        let (_guard, directory) = directory();
+        assert!(directory.load("x").unwrap().is_none());
+        directory.save("x", b"one").unwrap();
+        directory.save("x", b"two").unwrap();
+        assert_eq!(directory.load("x").unwrap().as_deref(), Some(&b"two"[..]));
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&directory.0.join("x")), 0o600);
+        assert_eq!(mode(&directory.0), 0o700);
+        assert_eq!(std::fs::read_dir(&directory.0).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn a_file_cut_or_changed_at_any_byte_is_damaged() {
+        let sealed = seal(b"some content");
+        for length in 0..sealed.len() {
+            assert!(unseal(&sealed[..length]).is_err(), "cut at {length}");
+        }
+        for at in 0..sealed.len() {
+            for bit in 0..8 {
+                let mut changed = sealed.clone();
+                changed[at] ^= 1 << bit;
+                assert!(unseal(&changed).is_err(), "bit {bit} of byte {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_damaged_configuration_is_left_out() {
+        let (_guard, directory) = directory();
+        assert!(Configuration::load(&directory).is_none());
+        directory.save(CONFIGURATION, b"\xff\xff").unwrap();
+        assert!(Configuration::load(&directory).is_none());
+        std::fs::write(directory.0.join(CONFIGURATION), b"junk").unwrap();
+        assert!(Configuration::load(&directory).is_none());
+        let kept = Configuration { resources: vec![discovery::Resource { name: "n".into(), ..Default::default() }] };
+        directory.save(CONFIGURATION, &kept.encode_to_vec()).unwrap();
+        assert_eq!(Configuration::load(&directory), Some(kept));
+    }
+
+    #[test]
+    fn a_failed_write_keeps_the_old_content() {
+        let (_guard, directory) = directory();
+        directory.save("x", b"one").unwrap();
+        // A directory in the way of the temporary file stands for a full disk.
+        std::fs::create_dir(directory.0.join(".x.new")).unwrap();
+        let error = directory.save("x", b"two").unwrap_err().to_string();
+        assert!(error.contains("cannot write"), "{error}");
+        assert_eq!(directory.load("x").unwrap().as_deref(), Some(&b"one"[..]));
+    }
+
+    proptest! {
+        #[test]
+        fn no_file_content_panics(bytes: Vec<u8>) {
+            let _ = unseal(&bytes);
+            let _ = Configuration::decode(&*bytes);
+        }
+
+        #[test]
+        fn any_content_survives(content: Vec<u8>) {
+            let sealed = seal(&content);
+            prop_assert_eq!(unseal(&sealed), Ok(&*content));
+        }
+    }
+}
