@@ -83,8 +83,7 @@ pub struct MeshSettings {
     pub certificate_lifetime: Duration,
     /// How long after its expiry a certificate may still be renewed with its own key.
     pub renewal_grace: Duration,
-    /// What workloads enforce that do not say otherwise; `Unspecified`: strict where Sheer made the workload's
-    /// namespace, watch where it adopted one.
+    /// What workloads enforce whose registration does not say; `Unspecified`: nobody wrote it, and they are strict.
     pub default_mode: Mode,
     /// Where services' addresses come from.
     pub virtual_ranges: VirtualRanges,

@@ -3,7 +3,7 @@
 //! A head keeps the bytes it came in. Its fields are ranges over those bytes; changes are ranges over a second buffer,
 //! so that forwarding copies nothing that did not change. Names compare without regard to case and keep their spelling.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{Method, StatusCode};
 use smallvec::SmallVec;
 use std::ops::Range;
@@ -30,6 +30,11 @@ macro_rules! known_names {
 
             /// Finds the name in any spelling of case.
             pub fn of(name: &[u8]) -> Known {
+                // Most fields are none of these: their length alone tells.
+                const LENGTHS: u64 = 0 $(| 1 << $text.len())*;
+                if name.len() >= 64 || LENGTHS & (1 << name.len()) == 0 {
+                    return Known::Other;
+                }
                 $(if name.len() == $text.len() && name.eq_ignore_ascii_case($text.as_bytes()) { return Known::$variant; })*
                 Known::Other
             }
@@ -61,6 +66,34 @@ known_names! {
     SheerReason => "x-sheer-reason",
     SheerDrain => "sheer-drain",
     SheerHops => "x-sheer-hops",
+}
+
+/// A set of known names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KnownSet(u32);
+
+impl KnownSet {
+    /// The set of these. [`Known::Other`] is never a member.
+    pub const fn of(names: &[Known]) -> Self {
+        let (mut bits, mut next) = (0, 0);
+        while next < names.len() {
+            if !matches!(names[next], Known::Other) {
+                bits |= 1 << names[next] as u32;
+            }
+            next += 1;
+        }
+        Self(bits)
+    }
+
+    /// The set with one more.
+    pub const fn with(self, name: Known) -> Self {
+        Self(self.0 | Self::of(&[name]).0)
+    }
+
+    /// True when the name is a member.
+    pub const fn contains(self, name: Known) -> bool {
+        self.0 & (1 << name as u32) != 0
+    }
 }
 
 /// The head has more than [`MAX_FIELDS`] fields or would grow past what ranges can name.
@@ -106,6 +139,21 @@ impl Fields {
         self.push(field)
     }
 
+    /// Like [`Fields::push_received`], for a codec that has looked the name up already and freezes the received bytes
+    /// only after all fields are found: [`Fields::lay_over`] follows.
+    ///
+    /// # Errors
+    /// [`TooManyFields`].
+    pub fn push_parsed(&mut self, known: Known, name: Range<usize>, value: Range<usize>) -> Result<(), TooManyFields> {
+        self.push(Field { known, name: received(name), value: received(value) })
+    }
+
+    /// Names the received bytes into which the parsed ranges point. They must be those that were parsed: a range
+    /// outside of them reads as empty.
+    pub fn lay_over(&mut self, raw: Bytes) {
+        self.raw = raw;
+    }
+
     /// Adds a field at the end.
     ///
     /// # Errors
@@ -146,6 +194,54 @@ impl Fields {
     /// Removes every field of these known names. [`Known::Other`] removes nothing.
     pub fn remove_known(&mut self, names: &[Known]) {
         self.list.retain(|field| field.known == Known::Other || !names.contains(&field.known));
+    }
+
+    /// Keeps the fields for which the test of name, value and known name is true.
+    pub fn retain(&mut self, mut keep: impl FnMut(&[u8], &[u8], Known) -> bool) {
+        let (raw, edits) = (&self.raw, &self.edits);
+        self.list.retain(|field| keep(resolve(raw, edits, field.name), resolve(raw, edits, field.value), field.known));
+    }
+
+    /// Writes the fields as HTTP/1 lines, except those of the names to skip. Neighbours that are as they were received
+    /// are copied as one range. A changed value that could end its line early is left out: no change may add a field.
+    pub fn write_lines(&self, out: &mut BytesMut, skip: KnownSet) {
+        let mut run = 0..0;
+        for field in &self.list {
+            if skip.contains(field.known) {
+                continue;
+            }
+            if let Some(line) = self.received_line(field) {
+                if line.start != run.end {
+                    out.extend_from_slice(&self.raw[run]);
+                    run = line.start..line.start;
+                }
+                run.end = line.end;
+                continue;
+            }
+            out.extend_from_slice(&self.raw[std::mem::replace(&mut run, 0..0)]);
+            let (name, value) = (self.bytes(field.name), self.bytes(field.value));
+            if field.value.edited && memchr::memchr3(b'\r', b'\n', 0, value).is_some() {
+                continue;
+            }
+            out.extend_from_slice(name);
+            out.extend_from_slice(b": ");
+            out.extend_from_slice(value);
+            out.extend_from_slice(b"\r\n");
+        }
+        out.extend_from_slice(&self.raw[run]);
+    }
+
+    /// Where the whole line of an unchanged field lies, if it is spelled `name: value`.
+    fn received_line(&self, field: &Field) -> Option<Range<usize>> {
+        if field.name.edited || field.value.edited {
+            return None;
+        }
+        let name_end = (field.name.start + field.name.len) as usize;
+        let (value_start, end) = (field.value.start as usize, field.value.start as usize + field.value.len as usize);
+        let usual = value_start == name_end + 2
+            && self.raw.get(name_end..value_start) == Some(b": ")
+            && self.raw.get(end..end + 2) == Some(b"\r\n");
+        usual.then_some(field.name.start as usize..end + 2)
     }
 
     /// The first value of a known name.
@@ -208,7 +304,7 @@ impl Fields {
 
 fn resolve<'a>(raw: &'a [u8], edits: &'a [u8], span: Span) -> &'a [u8] {
     let from = if span.edited { edits } else { raw };
-    &from[span.start as usize..(span.start + span.len) as usize]
+    from.get(span.start as usize..span.start as usize + span.len as usize).unwrap_or_default()
 }
 
 fn received(range: Range<usize>) -> Span {
@@ -398,6 +494,29 @@ mod tests {
         assert_eq!(all, [("Host", "api"), ("X-A", "3"), ("x-b", "4")]);
         assert_eq!((head.path(), head.query()), ("/c", None));
         assert!(head.fields.remove("X-A") && !head.fields.remove("x-a"));
+    }
+
+    #[test]
+    fn lines_are_written_as_received_except_for_what_changed() {
+        let mut head = sample();
+        let written = |head: &RequestHead, skip| {
+            let mut out = BytesMut::new();
+            head.fields.write_lines(&mut out, skip);
+            String::from_utf8(out.to_vec()).unwrap()
+        };
+        assert_eq!(written(&head, KnownSet::default()), "Host: Web:80\r\nX-A: 1\r\nx-a: 2\r\n");
+        assert_eq!(written(&head, KnownSet::of(&[Known::Host, Known::Other])), "X-A: 1\r\nx-a: 2\r\n");
+        head.set_authority("api");
+        head.fields.append("x-b", b"4").unwrap();
+        head.fields.append("x-c", b"5\r\nx-d: 6").unwrap();
+        assert_eq!(written(&head, KnownSet::default()), "Host: api\r\nX-A: 1\r\nx-a: 2\r\nx-b: 4\r\n");
+    }
+
+    #[test]
+    fn known_names_are_found_in_any_case() {
+        assert_eq!(Known::of(b"X-Forwarded-Client-CERT"), Known::ClientCert);
+        assert_eq!(Known::of(b"tE"), Known::Te);
+        assert_eq!((Known::of(b"accept"), Known::of(&[b'a'; 200])), (Known::Other, Known::Other));
     }
 
     #[test]

@@ -15,7 +15,7 @@ mod workload;
 pub mod yaml;
 
 pub use enrollment::{Allowed, DEFAULT_TOKEN_TTL, Enrollment, Method};
-pub use http_route::{BackendRef, HttpRoute, MAX_REGEX_BYTES, ParentRef, Rule};
+pub use http_route::{BackendRef, HttpRoute, ParentRef, Rule};
 pub use mesh::{Egress, Mesh};
 pub use meta::{Located, Meta, Place};
 pub use service::{Service, ServicePort, Target};
@@ -153,8 +153,17 @@ const LATER: &[&str] = &[
     "UDPRoute",
 ];
 
+/// What a file turned out to hold.
+#[derive(Clone, Debug)]
+pub struct File {
+    /// Its documents, as far as it could be read.
+    pub documents: Vec<Read>,
+    /// Whether kind and name of every resource in it are known.
+    pub whole: bool,
+}
+
 /// Reads all documents of one file. Whatever is wrong goes to `diagnostics`, in the order of the file.
-pub fn read(file: &str, text: &str, diagnostics: &mut Vec<Diagnostic>) -> Vec<Read> {
+pub fn read(file: &str, text: &str, diagnostics: &mut Vec<Diagnostic>) -> File {
     let file: Arc<str> = file.into();
     let (documents, failure) = yaml::parse(text);
     let mut read = Vec::with_capacity(documents.len());
@@ -163,10 +172,11 @@ pub fn read(file: &str, text: &str, diagnostics: &mut Vec<Diagnostic>) -> Vec<Re
         read.push(read_document(&report, document));
         report.finish(diagnostics);
     }
+    let whole = failure.is_none() && read.iter().all(|document| document.identity.is_some());
     if let Some(failure) = failure {
         diagnostics.push(failure.into_diagnostic(&file));
     }
-    read
+    File { documents: read, whole }
 }
 
 fn read_document(report: &Report, document: &Document) -> Read {
@@ -229,3 +239,6 @@ fn kind_of(at: &Cursor<'_>, kind: &str, api_version: &str) -> Option<Kind> {
     at.error_help(format!("unknown kind '{}' in '{}'", clip(kind), clip(api_version)), help);
     None
 }
+
+#[cfg(test)]
+mod tests;

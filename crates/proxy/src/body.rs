@@ -10,6 +10,8 @@ use std::io;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
+use crate::h1::{Incoming, Upgraded};
+
 /// A request on its way.
 #[derive(Debug)]
 pub struct Request {
@@ -80,6 +82,8 @@ pub enum Body {
     Empty,
     /// All bytes, already here.
     Full(Bytes),
+    /// Arriving over HTTP/1.
+    H1(Incoming),
     /// What arrives on an HTTP/2 stream.
     H2(crate::h2::Incoming),
 }
@@ -90,6 +94,7 @@ impl Body {
         match self {
             Body::Empty => Length::Known(0),
             Body::Full(bytes) => Length::Known(bytes.len() as u64),
+            Body::H1(body) => body.length(),
             Body::H2(incoming) => incoming.length(),
         }
     }
@@ -99,6 +104,7 @@ impl Body {
         match self {
             Body::Empty => true,
             Body::Full(bytes) => bytes.is_empty(),
+            Body::H1(body) => body.length() == Length::Known(0),
             Body::H2(incoming) => incoming.is_empty(),
         }
     }
@@ -106,12 +112,36 @@ impl Body {
     /// The next part; `None` at the end. After an error nothing more comes.
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame, BodyError>>> {
         match self {
-            Body::H2(incoming) => return incoming.poll_frame(cx),
-            Body::Empty | Body::Full(_) => {}
+            Body::Empty => Poll::Ready(None),
+            Body::Full(bytes) => {
+                let bytes = std::mem::take(bytes);
+                *self = Body::Empty;
+                Poll::Ready((!bytes.is_empty()).then_some(Ok(Frame::Data(bytes))))
+            }
+            Body::H1(body) => body.poll_frame(cx),
+            Body::H2(body) => body.poll_frame(cx),
         }
-        match std::mem::take(self) {
-            Body::Full(bytes) if !bytes.is_empty() => Poll::Ready(Some(Ok(Frame::Data(bytes)))),
-            _ => Poll::Ready(None),
+    }
+
+    /// Drives what the body's connection has to do besides bringing the next part, such as the rest of the request
+    /// that a response answers. For a reader that cannot take a part now; [`Body::poll_frame`] does the same.
+    pub fn poll_progress(&mut self, cx: &mut Context<'_>) {
+        match self {
+            Body::Empty | Body::Full(_) | Body::H2(_) => {}
+            Body::H1(body) => body.poll_progress(cx),
+        }
+    }
+
+    /// The raw connection behind a response that switched protocols (101).
+    ///
+    /// # Errors
+    /// There was no switch: the body comes back.
+    pub fn into_upgraded(self) -> Result<Upgraded, Self> {
+        match self {
+            Body::H1(Incoming::Response(body)) => {
+                body.into_upgraded().map_err(|body| Body::H1(Incoming::Response(body)))
+            }
+            other => Err(other),
         }
     }
 

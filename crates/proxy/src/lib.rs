@@ -5,6 +5,7 @@ pub mod capture;
 pub mod control;
 pub mod dns;
 pub mod drain;
+pub mod h1;
 pub mod h2;
 pub mod identity;
 pub mod io;
@@ -12,6 +13,7 @@ pub mod metrics;
 pub mod plan;
 pub mod platform;
 pub mod state;
+pub mod tcp;
 #[cfg(test)]
 mod testing;
 pub mod upstream;

@@ -46,7 +46,7 @@ pub(crate) struct Shared {
     pub(crate) settings: Option<PathBuf>,
 
     /// Print the effective settings and where each came from, and do nothing else
-    #[arg(long, global = true)]
+    #[arg(id = "print-settings", long, global = true)]
     pub(crate) print_settings: bool,
 
     /// What to log on standard error: error, warn, info, debug, trace, or TARGET=LEVEL,...
@@ -69,6 +69,8 @@ pub(crate) enum Command {
     Delete(cmd::delete::Args),
     /// Show services, workloads and written objects
     Get(cmd::get::Args),
+    /// Check configuration files; needs no control plane
+    Lint(cmd::lint::Args),
     /// Say whether the installation is healthy, and how to mend it
     Check(cmd::check::Args),
     /// Show how well services answer, and who calls them
@@ -87,6 +89,7 @@ impl Command {
             Self::Diff(args) => cmd::diff::run(args),
             Self::Delete(args) => cmd::delete::run(args),
             Self::Get(args) => cmd::get::run(args),
+            Self::Lint(args) => cmd::lint::run(args),
             Self::Check(args) => cmd::check::run(args),
             Self::Stat(args) => cmd::stat::run(args),
             Self::Edges(args) => cmd::edges::run(args),

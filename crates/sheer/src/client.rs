@@ -215,7 +215,6 @@ impl Client {
     /// What to do when nobody listens.
     fn absent(&self, error: &std::io::Error) -> anyhow::Error {
         let root = nix::unistd::geteuid().is_root();
-        let start = if root { "sheer up' or 'systemctl start sheer-control" } else { "sheer up" };
         match (&self.endpoint, error.kind()) {
             (Endpoint::Unix(path), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
                 let other = PathBuf::from("/run/sheer/api.sock");
@@ -225,7 +224,7 @@ impl Client {
                     ""
                 };
                 let text = format!(
-                    "no control plane runs here ({} does not answer); start one with '{start}'{hint}",
+                    "no control plane runs here ({} does not answer); start one with 'sheer up'{hint}",
                     path.display()
                 );
                 Absent(text).into()

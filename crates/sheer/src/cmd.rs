@@ -6,6 +6,7 @@ pub(crate) mod delete;
 pub(crate) mod diff;
 pub(crate) mod edges;
 pub(crate) mod get;
+pub(crate) mod lint;
 pub(crate) mod sources;
 pub(crate) mod stat;
 pub(crate) mod token;

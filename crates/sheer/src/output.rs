@@ -94,6 +94,11 @@ pub(crate) fn bytes(count: u64) -> String {
     if unit == 0 || value >= 9.95 { format!("{value:.0}{}", UNITS[unit]) } else { format!("{value:.1}{}", UNITS[unit]) }
 }
 
+/// A number of things, in the singular or plural.
+pub(crate) fn counted(count: usize, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}
+
 /// A share as a percentage that says 100 only for all of it.
 pub(crate) fn percent(share: f64) -> String {
     match share * 100.0 {

@@ -13,7 +13,9 @@ pub(super) fn compile(sources: &[Source]) -> Compiled {
     sources.sort_by(|a, b| a.file.cmp(&b.file));
     let mut set = Set::default();
     for source in sources {
-        for read in resource::read(&source.file, &source.text, &mut set.compiled.diagnostics) {
+        let file = resource::read(&source.file, &source.text, &mut set.compiled.diagnostics);
+        set.incomplete |= !file.whole;
+        for read in file.documents {
             if let Some(identity) = read.identity {
                 set.known.insert(identity);
             }
@@ -37,6 +39,8 @@ struct Set {
     /// Kinds and names of all documents, also of those with errors.
     known: BTreeSet<(Kind, ServiceName)>,
     places: BTreeMap<(Kind, ServiceName), Place>,
+    /// Some document could not be read so far that its name is known: what refers to it is not dangling.
+    incomplete: bool,
 }
 
 fn finding<T>(
@@ -134,10 +138,7 @@ impl Set {
     /// Attaches routes to their parents: earlier ones first, then by namespace and name (Gateway API, conflicts).
     fn attach(&mut self) {
         let mut order: Vec<&HttpRoute> = self.compiled.routes.values().collect();
-        order.sort_by(|a, b| {
-            let key = |route: &HttpRoute| (route.meta.created.is_empty(), route.meta.created.clone());
-            key(a).cmp(&key(b)).then_with(|| a.meta.name.cmp(&b.meta.name))
-        });
+        order.sort_by_cached_key(|route| (route.meta.created.clone(), route.meta.name.to_string()));
         for route in order {
             for parent in &route.parents {
                 let attached = self.compiled.attached.entry(parent.value.service.clone()).or_default();
@@ -179,7 +180,7 @@ impl Set {
     fn check_parent(&self, route: &HttpRoute, parent: &Located<ParentRef>) -> Option<Diagnostic> {
         let (service, port) = (&parent.value.service, parent.value.port);
         let (message, help) = match (self.compiled.services.get(service), port) {
-            (None, _) if self.known.contains(&(Kind::Service, service.clone())) => return None,
+            (None, _) if self.may_be_written(service) => return None,
             (None, _) => (
                 format!("no Service {service} is written: the route waits until a workload names it"),
                 self.nearest_service(service),
@@ -201,7 +202,7 @@ impl Set {
                 ),
                 "ReferenceGrant is not supported yet; keep route and backends in one namespace".to_owned(),
             ),
-            None if self.known.contains(&(Kind::Service, service.clone())) => return None,
+            None if self.may_be_written(service) => return None,
             None => (
                 format!("no Service {service} is written: until a workload names it, its share is answered 500"),
                 self.nearest_service(service),
@@ -212,6 +213,11 @@ impl Set {
             Some(_) => return None,
         };
         Some(finding(Severity::Warning, &route.meta, backend, message, help))
+    }
+
+    /// Whether a service is written in a document that has errors.
+    fn may_be_written(&self, service: &ServiceName) -> bool {
+        self.incomplete || self.known.contains(&(Kind::Service, service.clone()))
     }
 
     fn nearest_service(&self, name: &ServiceName) -> String {

@@ -161,8 +161,9 @@ pub fn routes_of(compiled: &Compiled, fleet: &Fleet, name: &ServiceName) -> Opti
 /// registration, then the mesh.
 pub fn workload_of(compiled: &Compiled, workload: &Registered) -> v1::Workload {
     let written = compiled.workloads.get(&workload.name).filter(|written| written.proxied);
-    let modes = [written.and_then(|it| it.mode).unwrap_or(Mode::Unspecified), workload.mode];
-    let mode = modes.into_iter().find(|mode| *mode != Mode::Unspecified).unwrap_or(compiled.mesh.default_mode);
+    // Where nobody says anything nothing is let in by mistake.
+    let modes = [written.and_then(|it| it.mode), Some(workload.mode), Some(compiled.mesh.default_mode)];
+    let mode = modes.into_iter().flatten().find(|mode| *mode != Mode::Unspecified).unwrap_or(Mode::Strict);
     let exceptions = written.map(|it| it.exceptions.as_slice()).unwrap_or_default();
     let services = fleet::services_of(compiled, workload);
     v1::Workload {

@@ -194,6 +194,11 @@ impl<'a> Cursor<'a> {
         None
     }
 
+    /// Whether this is a list without items.
+    pub(super) fn is_empty_list(&self) -> bool {
+        matches!(&self.node.value, Value::List(items) if items.is_empty())
+    }
+
     /// The items of a list of at most `limit`.
     pub(super) fn items(&self, limit: usize) -> Vec<Cursor<'a>> {
         let Value::List(items) = &self.node.value else {
@@ -336,8 +341,14 @@ pub(super) fn nearest<'n>(text: &str, names: impl Iterator<Item = &'n str>) -> O
 
 /// At most 60 characters of a text, made fit for a message: a configuration may hold a megabyte in one name.
 pub(super) fn clip(text: &str) -> String {
-    let mut clipped: String = text.chars().take(60).flat_map(printable).collect();
-    if clipped.len() < text.len() && text.chars().nth(60).is_some() {
+    clip_to(60, text)
+}
+
+/// The same, of another length.
+pub(super) fn clip_to(limit: usize, text: &str) -> String {
+    let mut chars = text.chars();
+    let mut clipped: String = chars.by_ref().take(limit).flat_map(printable).collect();
+    if chars.next().is_some() {
         clipped.push_str("...");
     }
     clipped

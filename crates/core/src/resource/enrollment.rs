@@ -115,7 +115,7 @@ fn allowed<T>(at: &Cursor<'_>, read: impl Fn(&Cursor<'_>) -> Option<T>) -> Allow
         }
         return Allowed::Any;
     }
-    if items.is_empty() {
+    if at.is_empty_list() {
         at.error_help("allows nothing", "name something, or \"*\" for everything");
     }
     Allowed::These(items.iter().filter_map(read).collect())
@@ -147,7 +147,7 @@ fn cidrs(at: &Cursor<'_>) -> Vec<IpNet> {
 
 fn methods(at: &Cursor<'_>) -> Vec<Method> {
     let items = at.items(16);
-    if items.is_empty() {
+    if at.is_empty_list() {
         at.error_help("names no way to join", "write methods: [{token: {}}] or [{local: {users: [1000]}}]");
     }
     items.iter().filter_map(method).collect()
@@ -168,7 +168,7 @@ fn method(at: &Cursor<'_>) -> Option<Method> {
             (None, Some(local)) => local.object(|fields| {
                 let users = fields.required("users")?;
                 let items = users.items(MAX_ITEMS);
-                if items.is_empty() {
+                if users.is_empty_list() {
                     users.error("names no user id");
                 }
                 let users = items.iter().filter_map(|it| it.integer(0, u64::from(u32::MAX)));

@@ -3,9 +3,9 @@
 use super::decode::{Cursor, Object, clip};
 use super::meta::{Located, Meta};
 use crate::name::ServiceName;
+use crate::route::whole_regex;
 use crate::wire::v1::header_edit::Action;
 use crate::wire::v1::{HeaderEdit, HttpMatch, ValueMatch, http_match, value_match};
-use regex::RegexBuilder;
 use std::time::Duration;
 
 /// A written route.
@@ -73,9 +73,6 @@ const MAX_WEIGHT: u64 = 1_000_000;
 const MAX_PATH: usize = 1024;
 const MAX_VALUE: usize = 4096;
 
-/// Largest compiled form of a regular expression, in bytes. The engine is linear; this bounds its memory.
-pub const MAX_REGEX_BYTES: usize = 64 << 10;
-
 const METHODS: &[(&str, &str)] = &[
     ("GET", "GET"),
     ("HEAD", "HEAD"),
@@ -108,7 +105,7 @@ pub(super) fn decode(at: &Cursor<'_>, meta: Meta) -> Option<HttpRoute> {
 
 fn parents(at: &Cursor<'_>, route: &ServiceName) -> Vec<Located<ParentRef>> {
     let items = at.items(MAX_PARENTS);
-    if items.is_empty() {
+    if at.is_empty_list() {
         at.error_help("names no service", "write parentRefs: [{group: \"\", kind: Service, name: NAME}]");
     }
     let mut parents: Vec<Located<ParentRef>> = Vec::new();
@@ -172,7 +169,7 @@ fn reference(fields: &mut Object<'_>, from: &ServiceName) -> Option<ServiceName>
 
 fn rules(at: &Cursor<'_>, route: &ServiceName) -> Vec<Located<Rule>> {
     let items = at.items(MAX_RULES);
-    if items.is_empty() {
+    if at.is_empty_list() {
         at.error_help("a route on a service needs rules", "write rules with backendRefs");
     }
     let mut rules: Vec<Located<Rule>> = Vec::new();
@@ -363,28 +360,19 @@ fn regex(at: &Cursor<'_>, text: &str, limit: usize) -> Option<String> {
         at.error(format!("a regular expression has 1 to {limit} bytes, this has {}", text.len()));
         return None;
     }
-    let mut builder = RegexBuilder::new(&format!("^(?:{text})$"));
-    builder.size_limit(MAX_REGEX_BYTES).nest_limit(50);
-    // What closes the group early would compile inside the anchors and mean something else.
-    let alone = regex_alone(text);
-    match builder.build() {
-        Ok(_) if alone => Some(text.to_owned()),
+    match whole_regex(text) {
+        Ok(_) => Some(text.to_owned()),
         Err(regex::Error::CompiledTooBig(_)) => {
             let help = "use smaller repetitions, or several matches";
-            at.error_help(format!("the regular expression needs more than {MAX_REGEX_BYTES} bytes"), help);
+            at.error_help(format!("'{}' needs too much memory", clip(text)), help);
             None
         }
-        _ => {
+        Err(_) => {
             let help = "the syntax is that of RE2: no look-around, no back-references";
             at.error_help(format!("'{}' is no regular expression", clip(text)), help);
             None
         }
     }
-}
-
-/// Whether the expression compiles by itself, within the same bounds.
-fn regex_alone(text: &str) -> bool {
-    RegexBuilder::new(text).size_limit(MAX_REGEX_BYTES).nest_limit(50).build().is_ok()
 }
 
 fn filters(at: &Cursor<'_>, rule: &mut Rule) {
@@ -445,6 +433,7 @@ fn is_protected(name: &str) -> bool {
 
 fn header_edits(at: &Cursor<'_>) -> Vec<HeaderEdit> {
     let mut edits: Vec<HeaderEdit> = Vec::new();
+    let mut written = false;
     let mut push = |at: &Cursor<'_>, edit: HeaderEdit| {
         if is_protected(&edit.name) {
             at.error_help(format!("'{}' belongs to the connection or to the mesh", edit.name), "remove the change");
@@ -457,6 +446,7 @@ fn header_edits(at: &Cursor<'_>) -> Vec<HeaderEdit> {
     at.object(|fields| {
         for (field, action) in [("set", Action::Set), ("add", Action::Add)] {
             let items = fields.optional(field).map(|it| it.items(MAX_FIELDS)).unwrap_or_default();
+            written |= !items.is_empty();
             for item in &items {
                 let edit = item.object(|fields| {
                     let name = fields.required("name").and_then(|it| it.header_name());
@@ -469,6 +459,7 @@ fn header_edits(at: &Cursor<'_>) -> Vec<HeaderEdit> {
             }
         }
         let items = fields.optional("remove").map(|it| it.items(MAX_FIELDS)).unwrap_or_default();
+        written |= !items.is_empty();
         for item in &items {
             if let Some(name) = item.header_name() {
                 push(item, HeaderEdit { action: Action::Remove.into(), name, value: String::new() });
@@ -476,7 +467,7 @@ fn header_edits(at: &Cursor<'_>) -> Vec<HeaderEdit> {
         }
         Some(())
     });
-    if edits.is_empty() {
+    if edits.is_empty() && !written {
         at.error_help("changes nothing", "write set, add or remove");
     }
     edits

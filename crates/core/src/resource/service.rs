@@ -104,7 +104,7 @@ fn ports(at: &Cursor<'_>) -> Vec<ServicePort> {
             ports.push(port);
         }
     }
-    if items.is_empty() {
+    if at.is_empty_list() {
         at.error("a service needs at least one port");
     }
     ports
@@ -137,7 +137,7 @@ fn port(fields: &mut Object<'_>, several: bool) -> Option<ServicePort> {
 fn target(at: &Cursor<'_>) -> Option<Target> {
     use super::yaml::Value;
     match &at.node.value {
-        Value::Scalar { plain: true, text } if text.bytes().all(|b| b.is_ascii_digit()) => {
+        Value::Scalar { plain: true, text } if text.bytes().all(|b| b.is_ascii_digit() || b == b'-') => {
             at.port().map(Target::Number)
         }
         _ => at.label().map(|name| Target::Name(name.to_string())),

@@ -34,7 +34,11 @@ impl Cursor<'_> {
 
     /// A duration (GEP-2257).
     pub(super) fn duration(&self) -> Option<Duration> {
-        let text = self.text()?;
+        let text = match &self.node.value {
+            // A number is not told to become a text, but a duration.
+            super::yaml::Value::Scalar { text, .. } => text,
+            _ => self.text()?,
+        };
         let duration = parse_duration(text);
         if duration.is_none() {
             self.error_help(

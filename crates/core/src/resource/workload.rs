@@ -143,7 +143,7 @@ fn plaintext_exceptions(at: &Cursor<'_>) -> Vec<PlaintextException> {
             let ports = ports.iter().filter_map(|it| it.port()).collect();
             let cidrs = fields.required("cidrs").map(|at| {
                 let items = at.items(MAX_EXCEPTIONS);
-                if items.is_empty() {
+                if at.is_empty_list() {
                     at.error_help("names no address", "name the peers, like 10.1.0.0/16");
                 }
                 items.iter().filter_map(|it| it.cidr()).collect()

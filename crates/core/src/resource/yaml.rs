@@ -97,7 +97,7 @@ impl Failure {
 
     fn scan(error: &ScanError) -> Self {
         let (line, column) = place(error.marker());
-        let message = format!("this is no YAML: {}", super::decode::clip(error.info()));
+        let message = format!("this is no YAML: {}", super::decode::clip_to(160, error.info()));
         Self { line, column, message, help: Some("check indentation, quotes and brackets from here backwards") }
     }
 }

@@ -6,13 +6,13 @@ use super::{
     CONNECTION_WINDOW, MAX_ERROR_RESETS, MAX_PENDING_RESETS, PING_INTERVAL, Pinger, SEND_BUFFER, STREAM_WINDOW,
     convert, pump,
 };
-use crate::body::{Body, Request, Response};
+use crate::body::{Body, Response};
 use crate::io::Io;
 use bytes::Bytes;
 use h2::Reason;
 use h2::client::SendRequest;
 use sheer_core::cause::Cause;
-use sheer_core::head::MAX_HEAD_BYTES;
+use sheer_core::head::{MAX_HEAD_BYTES, RequestHead};
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -59,8 +59,8 @@ pub struct SendError {
     pub cause: Cause,
     /// True when the other side has provably not processed it: it never left, or was refused.
     pub unprocessed: bool,
-    /// The request, when it can be sent again as it is.
-    pub request: Option<Box<Request>>,
+    /// The request's body, when nothing of it was lost.
+    pub body: Option<Body>,
     /// The crate's own account.
     pub source: Option<h2::Error>,
 }
@@ -106,21 +106,20 @@ impl Connection {
     ///
     /// # Errors
     /// [`SendError`] when no response head came.
-    pub async fn send(&self, request: Request) -> Result<Response, SendError> {
+    pub async fn send(&self, head: &RequestHead, body: Body) -> Result<Response, SendError> {
         let permit = StreamPermit::new(&self.load);
         let mut sender = self.sender.clone();
         if let Err(error) = poll_fn(|cx| sender.poll_ready(cx)).await {
-            return Err(unsent(request, error));
+            return Err(unsent(body, error));
         }
-        let Ok(head) = convert::to_request(&request.head) else {
-            return Err(SendError { cause: Cause::BadRequest, unprocessed: true, request: None, source: None });
+        let Ok(head) = convert::to_request(head) else {
+            return Err(SendError { cause: Cause::BadRequest, unprocessed: true, body: None, source: None });
         };
-        let ends = request.body.is_empty();
+        let ends = body.is_empty();
         let (response, mut stream) = match sender.send_request(head, ends) {
             Ok(sent) => sent,
-            Err(error) => return Err(unsent(request, error)),
+            Err(error) => return Err(unsent(body, error)),
         };
-        let Request { head, body, interim } = request;
         let spare = spare(&body);
         let pump = (!ends).then(|| {
             let task = tokio::task::spawn_local(async move {
@@ -133,15 +132,14 @@ impl Connection {
             Ok(response) => response.into_parts(),
             Err(error) => {
                 let unprocessed = is_unprocessed(&error);
-                let request = spare.map(|body| Box::new(Request { head, body, interim }));
                 let cause = cause_of(&error);
-                return Err(SendError { cause, unprocessed, request, source: Some(error) });
+                return Err(SendError { cause, unprocessed, body: spare, source: Some(error) });
             }
         };
         let head = convert::response_of(&parts).map_err(|_| SendError {
             cause: Cause::BadResponse,
             unprocessed: false,
-            request: None,
+            body: None,
             source: None,
         })?;
         let body = match body_of(stream, &parts.headers) {
@@ -171,8 +169,8 @@ fn builder() -> h2::client::Builder {
     builder
 }
 
-fn unsent(request: Request, error: h2::Error) -> SendError {
-    SendError { cause: cause_of(&error), unprocessed: true, request: Some(Box::new(request)), source: Some(error) }
+fn unsent(body: Body, error: h2::Error) -> SendError {
+    SendError { cause: cause_of(&error), unprocessed: true, body: Some(body), source: Some(error) }
 }
 
 /// A second copy of a body that is here as a whole.

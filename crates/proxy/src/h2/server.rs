@@ -32,6 +32,8 @@ where
     let mut connection = builder().handshake::<_, Bytes>(Prefixed { prefix: prefix.freeze(), io }).await?;
     let service = Rc::new(service);
     let mut pinger = Pinger::new(connection.ping_pong());
+    // Who comes while the proxy is leaving is served for as long as others are.
+    let leave_at = if drain.is_told() { drain::Phase::Refusing } else { drain::Phase::Told };
     let mut told = false;
     loop {
         let busy = connection.has_streams();
@@ -45,7 +47,7 @@ where
                 }
                 None => return Ok(()),
             },
-            () = drain.told(), if !told => {
+            () = drain.reached(leave_at), if !told => {
                 told = true;
                 connection.graceful_shutdown();
             }
@@ -200,9 +202,8 @@ mod tests {
         (Connection::start(client.into()).await.unwrap(), ended)
     }
 
-    fn request(body: Body) -> Request {
-        let head = RequestHead::new(Method::POST, Version::Http2, "web", "/a?b=c");
-        Request::new(head, body)
+    fn head() -> RequestHead {
+        RequestHead::new(Method::POST, Version::Http2, "web", "/a?b=c")
     }
 
     fn ok(body: Body) -> Option<Response> {
@@ -230,7 +231,7 @@ mod tests {
             })
             .await;
             let sent: Vec<u8> = (0..3_000_000u32).map(|it| it as u8).collect();
-            let response = client.send(request(Body::Full(sent.clone().into()))).await.unwrap();
+            let response = client.send(&head(), Body::Full(sent.clone().into())).await.unwrap();
             assert_eq!(response.head.status, StatusCode::OK);
             assert!(text(response.body).await.0 == sent);
             assert_eq!(client.streams(), 0);
@@ -255,8 +256,9 @@ mod tests {
                 }
             });
             let upstream = Connection::start(to_app.into()).await.unwrap();
-            let (client, _server) = pair(drain, async move |request: Request| upstream.send(request).await.ok()).await;
-            let (body, trailers) = text(client.send(request(Body::Empty)).await.unwrap().body).await;
+            let (client, _server) =
+                pair(drain, async move |request: Request| upstream.send(&request.head, request.body).await.ok()).await;
+            let (body, trailers) = text(client.send(&head(), Body::Empty).await.unwrap().body).await;
             assert_eq!(body, b"hello");
             assert_eq!(trailers.unwrap().values_of("grpc-status").collect::<Vec<_>>(), [b"0"]);
         };
@@ -282,7 +284,7 @@ mod tests {
                 std::future::pending::<Option<Response>>().await
             })
             .await;
-            let waiting = spawn_local(async move { client.send(request(Body::Empty)).await.map(|_| ()) });
+            let waiting = spawn_local(async move { client.send(&head(), Body::Empty).await.map(|_| ()) });
             began.notified().await;
             waiting.abort();
             gone.notified().await;
@@ -304,7 +306,7 @@ mod tests {
             })
             .await;
             let other = client.clone();
-            let open = spawn_local(async move { other.send(request(Body::Empty)).await });
+            let open = spawn_local(async move { other.send(&head(), Body::Empty).await });
             while *seen.borrow() == 0 {
                 tokio::task::yield_now().await;
             }
@@ -312,8 +314,8 @@ mod tests {
             while client.is_open() {
                 tokio::task::yield_now().await;
             }
-            let refused = client.send(request(Body::Empty)).await.unwrap_err();
-            assert!(refused.unprocessed && refused.request.is_some());
+            let refused = client.send(&head(), Body::Empty).await.unwrap_err();
+            assert!(refused.unprocessed && refused.body.is_some());
             proceed.add_permits(1);
             let answered = open.await.unwrap().unwrap();
             assert_eq!(text(answered.body).await.0, b"done");
@@ -333,9 +335,9 @@ mod tests {
                 }
             });
             let client = Connection::start(to_app.into()).await.unwrap();
-            let refused = client.send(request(Body::Full(Bytes::from_static(b"x")))).await.unwrap_err();
+            let refused = client.send(&head(), Body::Full(Bytes::from_static(b"x"))).await.unwrap_err();
             assert!(refused.unprocessed);
-            assert!(matches!(refused.request.unwrap().body, Body::Full(_)));
+            assert!(matches!(refused.body.unwrap(), Body::Full(_)));
         };
         LocalSet::new().run_until(test).await;
     }

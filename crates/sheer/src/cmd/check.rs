@@ -1,7 +1,7 @@
 //! `sheer check`: is the installation healthy?
 
 use crate::client::{Absent, Connect};
-use crate::output;
+use crate::output::{self, counted};
 use owo_colors::OwoColorize as _;
 use sheer_core::api::{Check, Finding, Level};
 use std::process::ExitCode;
@@ -66,7 +66,8 @@ fn report(check: &Check) -> anyhow::Result<()> {
     let (errors, warnings) = (count(Level::Error), count(Level::Warn));
     output::print(&match (errors, warnings) {
         (0, 0) => "all is well".to_owned(),
-        (0, warnings) => format!("works, with {warnings} to look at"),
-        (errors, warnings) => format!("{errors} wrong, {warnings} more to look at"),
+        (0, warnings) => format!("works, with {}", counted(warnings, "warning")),
+        (errors, 0) => counted(errors, "error"),
+        (errors, warnings) => format!("{}, {}", counted(errors, "error"), counted(warnings, "warning")),
     })
 }

@@ -1,0 +1,21 @@
+//! Every example loads without a finding, and what is made of it is taken by a proxy.
+
+mod support;
+
+use sheer_core::compile::{Source, compile};
+use std::path::Path;
+
+#[test]
+fn every_example_loads() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples");
+    let files = support::yaml_files(&directory);
+    assert!(files.len() >= 4, "{files:?}");
+    for path in files {
+        let file = path.file_name().unwrap().to_string_lossy().into_owned();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let compiled = compile(&[Source { file, text }]);
+        assert_eq!(compiled.diagnostics, [], "{}", path.display());
+        assert!(!compiled.objects.is_empty());
+        support::assemble(&support::lower(&compiled));
+    }
+}

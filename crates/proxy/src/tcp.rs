@@ -1,0 +1,236 @@
+//! Bytes between two connections, both ways, each end passed on as what it is.
+//!
+//! A side that closes its sending half closes the other's; a reset resets the other. Nothing is held for an idle
+//! connection: bytes are read into a buffer of the worker's and written on at once, and only what the other side does
+//! not take is kept.
+
+use crate::io::Io;
+use bytes::{Buf, Bytes};
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// What is read at once: four full TLS records.
+const CHUNK: usize = 64 * 1024;
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; CHUNK].into_boxed_slice());
+}
+
+/// Bytes passed on so far.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// From the first connection to the second.
+    pub sent: Cell<u64>,
+    /// From the second to the first.
+    pub received: Cell<u64>,
+}
+
+/// Copies until both sides have closed. What was already read from the first side goes out first.
+///
+/// # Errors
+/// When either side is reset or breaks; both are then reset, so that neither takes the end for a proper one.
+pub async fn relay(near: &mut Io, read: Bytes, far: &mut Io, counts: &Counts) -> io::Result<()> {
+    let (mut out, mut back) = (Direction::new(read), Direction::new(Bytes::new()));
+    let copied = poll_fn(|cx| {
+        let sent = out.poll(cx, near, far, &counts.sent)?;
+        let received = back.poll(cx, far, near, &counts.received)?;
+        match (sent, received) {
+            (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(Ok::<(), io::Error>(())),
+            _ => Poll::Pending,
+        }
+    });
+    let copied = copied.await;
+    if copied.is_err() {
+        reset(near);
+        reset(far);
+    }
+    copied
+}
+
+/// Makes the connection end with a reset when it is dropped.
+pub fn reset(io: &Io) {
+    if let Some(socket) = io.socket() {
+        // A socket that is gone already needs no reset.
+        let _ = socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO));
+    }
+}
+
+/// One direction of a relay.
+struct Direction {
+    /// Read and not yet taken by the other side.
+    kept: Bytes,
+    phase: Phase,
+    unflushed: bool,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Phase {
+    Copying,
+    /// The source has closed; the destination is to learn it.
+    Closing,
+    Closed,
+}
+
+impl Direction {
+    fn new(kept: Bytes) -> Self {
+        Self { kept, phase: Phase::Copying, unflushed: false }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io, count: &Cell<u64>) -> io::Result<Poll<()>> {
+        loop {
+            if !self.kept.is_empty() {
+                match Pin::new(&mut *to).poll_write(cx, &self.kept)? {
+                    Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Poll::Ready(written) => {
+                        self.kept.advance(written);
+                        self.unflushed = true;
+                        count.set(count.get() + written as u64);
+                        continue;
+                    }
+                    Poll::Pending => return Ok(Poll::Pending),
+                }
+            }
+            match self.phase {
+                Phase::Copying => match self.pass_on(cx, from, to, count)? {
+                    Poll::Ready(()) => {}
+                    Poll::Pending => {
+                        if self.unflushed && Pin::new(&mut *to).poll_flush(cx)?.is_ready() {
+                            self.unflushed = false;
+                        }
+                        return Ok(Poll::Pending);
+                    }
+                },
+                Phase::Closing => match Pin::new(&mut *to).poll_shutdown(cx) {
+                    Poll::Ready(Ok(())) => self.phase = Phase::Closed,
+                    // The other side is gone for good: there is nobody to tell.
+                    Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::NotConnected => {
+                        self.phase = Phase::Closed;
+                    }
+                    Poll::Ready(Err(error)) => return Err(error),
+                    Poll::Pending => return Ok(Poll::Pending),
+                },
+                Phase::Closed => return Ok(Poll::Ready(())),
+            }
+        }
+    }
+
+    /// Reads once and writes what was read, keeping what the other side does not take.
+    fn pass_on(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io, count: &Cell<u64>) -> io::Result<Poll<()>> {
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut buffer = ReadBuf::new(scratch);
+            if Pin::new(from).poll_read(cx, &mut buffer)?.is_pending() {
+                return Ok(Poll::Pending);
+            }
+            let read = buffer.filled();
+            if read.is_empty() {
+                self.phase = Phase::Closing;
+                return Ok(Poll::Ready(()));
+            }
+            let written = match Pin::new(to).poll_write(cx, read)? {
+                Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Poll::Ready(written) => written,
+                Poll::Pending => 0,
+            };
+            self.unflushed = true;
+            count.set(count.get() + written as u64);
+            self.kept = Bytes::copy_from_slice(&read[written..]);
+            Ok(Poll::Ready(()))
+        })
+    }
+}
+
+/// Waits until one of the two sides has something to say, without taking it, for at most `limit` when there is one.
+/// Says whether it was the first. `None` when neither spoke in time.
+pub async fn who_speaks_first(near: &Io, far: &Io) -> io::Result<Speaker> {
+    poll_fn(|cx| {
+        if let Poll::Ready(ready) = poll_readable(near, cx) {
+            return Poll::Ready(ready.map(|()| Speaker::Near));
+        }
+        ready!(poll_readable(far, cx))?;
+        Poll::Ready(Ok(Speaker::Far))
+    })
+    .await
+}
+
+/// A side of a relay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speaker {
+    /// The side that opened the connection.
+    Near,
+    /// The side it is opened to.
+    Far,
+}
+
+fn poll_readable(io: &Io, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    match io.socket() {
+        Some(socket) => socket.poll_read_ready(cx),
+        None => Poll::Pending,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::loopback;
+    use std::rc::Rc;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+    use tokio::task::{JoinHandle, LocalSet, spawn_local};
+
+    /// Client, server, and a relay between them.
+    async fn relayed() -> (TcpStream, TcpStream, JoinHandle<io::Result<()>>, Rc<Counts>) {
+        let (client, near) = loopback().await;
+        let (far, server) = loopback().await;
+        let counts = Rc::new(Counts::default());
+        let held = counts.clone();
+        let relay = spawn_local(async move {
+            let (mut near, mut far) = (Io::tcp(near)?, Io::tcp(far)?);
+            relay(&mut near, Bytes::from_static(b"first "), &mut far, &held).await
+        });
+        (client, server, relay, counts)
+    }
+
+    #[tokio::test]
+    async fn each_half_closes_on_its_own() {
+        let test = async {
+            let (mut client, mut server, relay, counts) = relayed().await;
+            let sent = vec![7u8; 5_000_000];
+            let (request, answer) = (sent.clone(), sent.clone());
+            let echo = spawn_local(async move {
+                let mut got = Vec::new();
+                server.read_to_end(&mut got).await.unwrap();
+                assert!(got.strip_prefix(b"first ").unwrap() == request);
+                server.write_all(&answer).await.unwrap();
+            });
+            client.write_all(&sent).await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut got = Vec::new();
+            client.read_to_end(&mut got).await.unwrap();
+            assert!(got == sent);
+            echo.await.unwrap();
+            relay.await.unwrap().unwrap();
+            assert_eq!((counts.sent.get(), counts.received.get()), (5_000_006, 5_000_000));
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn a_reset_stays_a_reset() {
+        let test = async {
+            let (client, mut server, relay, _) = relayed().await;
+            let mut first = [0; 6];
+            server.read_exact(&mut first).await.unwrap();
+            socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+            drop(client);
+            let error = server.read_u8().await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+            assert!(relay.await.unwrap().is_err());
+        };
+        LocalSet::new().run_until(test).await;
+    }
+}

@@ -1,0 +1,210 @@
+//! Making connections: to mesh endpoints, to the application, to places outside the mesh.
+
+use super::endpoint::LiveEndpoint;
+use super::tls::{Carried, Credentials, Dialer, TlsError};
+use crate::capture::netns::AttachedSource;
+use crate::io::Io;
+use arc_swap::ArcSwapOption;
+use sheer_core::cause::Cause;
+use sheer_core::identity::SpiffeId;
+use sheer_core::snapshot::Hop;
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// How long a TCP connect may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long a handshake over an open connection may take: longer than a connect, since it costs the other side time
+/// that it may not have at once.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long sent bytes may stay unacknowledged by a mesh peer's kernel before the connection counts as broken.
+const SILENCE: Duration = Duration::from_secs(3);
+
+/// Makes the connections of one worker.
+pub struct Connector {
+    credentials: Arc<ArcSwapOption<Credentials>>,
+    /// Sockets inside the workload's namespace, where it has one of its own.
+    inside: Option<AttachedSource>,
+}
+
+/// Where a connection leads.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// A mesh endpoint.
+    Endpoint(LiveEndpoint),
+    /// The workload's own application.
+    Application(SocketAddr),
+    /// An address that is not the mesh's.
+    External(SocketAddr),
+}
+
+/// A connection that was not made.
+#[derive(Debug, thiserror::Error)]
+#[error("{cause}")]
+pub struct DialError {
+    /// Why, for the caller.
+    pub cause: Cause,
+    /// Why, in detail.
+    #[source]
+    pub source: Option<DialFault>,
+}
+
+/// What stood in the way of a connection.
+#[derive(Debug, thiserror::Error)]
+pub enum DialFault {
+    /// The connect.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// The handshake.
+    #[error("{0}")]
+    Tls(#[from] TlsError),
+    /// Somebody else answered.
+    #[error("{0} answered, which is not one of the service's identities")]
+    Answered(SpiffeId),
+}
+
+impl DialError {
+    fn bare(cause: Cause) -> Self {
+        Self { cause, source: None }
+    }
+}
+
+impl Connector {
+    /// A connector with these credentials, now and after each renewal.
+    pub fn new(credentials: Arc<ArcSwapOption<Credentials>>, inside: Option<AttachedSource>) -> Self {
+        Self { credentials, inside }
+    }
+
+    /// The credentials now.
+    pub fn credentials(&self) -> Option<Arc<Credentials>> {
+        self.credentials.load_full()
+    }
+
+    /// Connects. A mesh endpoint must be one of `identities`; `sessions` keeps what resumption needs.
+    ///
+    /// # Errors
+    /// [`DialError`].
+    pub async fn connect(
+        &self,
+        place: &Place,
+        carried: Carried,
+        identities: &[SpiffeId],
+        sessions: &Sessions,
+    ) -> Result<(Io, Option<SpiffeId>), DialError> {
+        let (address, stream) = match place {
+            Place::Application(address) => (address, self.application(*address).await?),
+            Place::External(address) => (address, tcp(TcpStream::connect(*address)).await?),
+            Place::Endpoint(live) => {
+                let address = &live.endpoint.address;
+                (address, tcp(TcpStream::connect(*address)).await?)
+            }
+        };
+        tracing::trace!(%address, "connected");
+        match place {
+            Place::Endpoint(live) if live.endpoint.hop == Hop::Sheer1 => {
+                notice_silence(&stream);
+                self.secure(stream, &live.endpoint.server_name, carried, identities, sessions).await
+            }
+            _ => Ok((Io::Plain(stream), None)),
+        }
+    }
+
+    async fn application(&self, address: SocketAddr) -> Result<TcpStream, DialError> {
+        match &self.inside {
+            Some(inside) => tcp(inside.connect(address)).await,
+            None => tcp(from_delivery_address(address)).await,
+        }
+    }
+
+    async fn secure(
+        &self,
+        stream: TcpStream,
+        server_name: &str,
+        carried: Carried,
+        identities: &[SpiffeId],
+        sessions: &Sessions,
+    ) -> Result<(Io, Option<SpiffeId>), DialError> {
+        let credentials = self.credentials().ok_or_else(|| DialError::bare(Cause::NoIdentity))?;
+        let dialer = sessions.dialer(&credentials);
+        let handshake = timeout(HANDSHAKE_TIMEOUT, dialer.connect(stream, server_name, carried));
+        let (io, peer) = match handshake.await {
+            Ok(Ok(made)) => made,
+            Ok(Err(error)) => {
+                // Whatever session was resumed is not worth keeping.
+                sessions.forget();
+                return Err(DialError { cause: Cause::TlsFailed, source: Some(error.into()) });
+            }
+            Err(_) => return Err(DialError::bare(Cause::ConnectTimeout)),
+        };
+        if !identities.contains(&peer) {
+            return Err(DialError { cause: Cause::IdentityMismatch, source: Some(DialFault::Answered(peer)) });
+        }
+        Ok((io, Some(peer)))
+    }
+}
+
+/// The TLS sessions with one endpoint. They end with the credentials they were made under.
+#[derive(Default)]
+pub struct Sessions(std::cell::RefCell<Option<(Arc<Credentials>, Rc<Dialer>)>>);
+
+impl Sessions {
+    fn dialer(&self, credentials: &Arc<Credentials>) -> Rc<Dialer> {
+        let mut kept = self.0.borrow_mut();
+        match &*kept {
+            Some((made_under, dialer)) if Arc::ptr_eq(made_under, credentials) => dialer.clone(),
+            _ => {
+                let dialer = Rc::new(credentials.dialer());
+                *kept = Some((credentials.clone(), dialer.clone()));
+                dialer
+            }
+        }
+    }
+
+    fn forget(&self) {
+        self.0.take();
+    }
+}
+
+async fn tcp(connecting: impl Future<Output = io::Result<TcpStream>>) -> Result<TcpStream, DialError> {
+    let stream = match timeout(CONNECT_TIMEOUT, connecting).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => {
+            let cause = match error.kind() {
+                io::ErrorKind::ConnectionRefused => Cause::ConnectRefused,
+                io::ErrorKind::TimedOut => Cause::ConnectTimeout,
+                _ => Cause::ConnectFailed,
+            };
+            return Err(DialError { cause, source: Some(error.into()) });
+        }
+        Err(_) => return Err(DialError::bare(Cause::ConnectTimeout)),
+    };
+    stream.set_nodelay(true).map_err(|error| DialError { cause: Cause::ConnectFailed, source: Some(error.into()) })?;
+    Ok(stream)
+}
+
+/// Applications trust 127.0.0.1; peers must not inherit that.
+async fn from_delivery_address(address: SocketAddr) -> io::Result<TcpStream> {
+    use crate::capture::rules::DELIVERY_V4;
+    if !matches!(address, SocketAddr::V4(v4) if v4.ip().is_loopback()) {
+        return TcpStream::connect(address).await;
+    }
+    let socket = tokio::net::TcpSocket::new_v4()?;
+    // Many connections may share the source port as long as their destinations differ.
+    let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true);
+    socket.bind(SocketAddr::new(DELIVERY_V4.into(), 0))?;
+    socket.connect(address).await
+}
+
+/// A host that vanishes says nothing; its unacknowledged bytes tell.
+fn notice_silence(stream: &TcpStream) {
+    let socket = socket2::SockRef::from(stream);
+    // Without the option the connection is only slower to break.
+    let _ = socket.set_tcp_user_timeout(Some(SILENCE));
+    let _ = socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(Duration::from_secs(30)));
+}
