@@ -13,6 +13,7 @@
 //! - [`histogram`]: the latency buckets that proxies, control plane and command line share.
 //! - [`token`]: join tokens.
 //! - [`api`]: the JSON between control plane and command line.
+//! - [`sniff`]: what a client's first bytes are.
 
 pub mod api;
 pub mod assemble;
@@ -28,5 +29,6 @@ pub mod resource;
 pub mod retry;
 pub mod route;
 pub mod snapshot;
+pub mod sniff;
 pub mod token;
 pub mod wire;

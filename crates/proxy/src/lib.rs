@@ -3,6 +3,7 @@
 pub mod body;
 pub mod capture;
 pub mod control;
+pub mod detect;
 pub mod dns;
 pub mod drain;
 pub mod h1;

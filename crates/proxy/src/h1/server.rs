@@ -526,9 +526,13 @@ impl State {
             match self.decoder.decode(&mut self.read) {
                 Ok(Some(frame)) => {
                     self.begun = true;
+                    self.reading_passes_on(cx);
                     return Poll::Ready(Some(Ok(frame)));
                 }
-                Ok(None) if self.decoder.is_done() => return Poll::Ready(None),
+                Ok(None) if self.decoder.is_done() => {
+                    self.reading_passes_on(cx);
+                    return Poll::Ready(None);
+                }
                 Ok(None) => {}
                 Err(detail) => return Poll::Ready(Some(Err(BodyError::Malformed(detail)))),
             }
@@ -539,6 +543,15 @@ impl State {
                 Ok(_) => {}
                 Err(error) => return Poll::Ready(Some(Err(BodyError::Io(error)))),
             }
+        }
+    }
+
+    /// At the end of a body that another task has read, the loop is told to look out for the client again.
+    fn reading_passes_on(&self, cx: &Context<'_>) {
+        if self.decoder.is_done()
+            && let Some(loop_waker) = self.writer.as_ref().filter(|waker| !waker.will_wake(cx.waker()))
+        {
+            loop_waker.wake_by_ref();
         }
     }
 

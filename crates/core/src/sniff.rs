@@ -1,0 +1,297 @@
+//! What a client's first bytes are: TLS, HTTP/2, HTTP/1 or none of these. Pure: whoever has bytes may ask.
+
+/// The first bytes of every HTTP/2 connection (RFC 9113, section 3.4).
+pub const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// What ALPN names begin with between proxies of the mesh.
+pub const MESH_ALPN_PREFIX: &[u8] = b"sheer/1+";
+
+/// A request line longer than this is taken for HTTP/1 before its end, if it begins like one.
+const MAX_LINE: usize = 16 * 1024;
+
+/// The most bytes of a ClientHello that are looked at. Real ones have 300 to 2,000.
+const MAX_HELLO: usize = 16 * 1024;
+
+/// What some first bytes are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Sniffed {
+    /// More bytes are needed to tell.
+    Partial,
+    /// A TLS ClientHello.
+    Tls(ClientHello),
+    /// The HTTP/2 preface.
+    Http2,
+    /// A request line of HTTP/1, or at least of something that calls itself HTTP: whether it is well-formed, the codec
+    /// decides.
+    Http1,
+    /// Something else.
+    Opaque,
+}
+
+/// What a ClientHello says in the clear.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ClientHello {
+    /// The server name asked for, in lower case.
+    pub server_name: Option<String>,
+    /// A protocol of the mesh hop is offered: this is a peer's proxy and not the application's own TLS.
+    pub offers_mesh: bool,
+}
+
+/// Tells what a connection begins with. Adding bytes changes [`Sniffed::Partial`] alone.
+pub fn sniff(bytes: &[u8]) -> Sniffed {
+    match bytes.first() {
+        None => Sniffed::Partial,
+        Some(0x16) => sniff_tls(bytes),
+        Some(_) if bytes.starts_with(HTTP2_PREFACE) => Sniffed::Http2,
+        Some(_) if HTTP2_PREFACE.starts_with(bytes) => Sniffed::Partial,
+        Some(_) => sniff_request_line(bytes),
+    }
+}
+
+/// `method SP target SP HTTP/...`, whole, because text protocols begin with words and blanks as well.
+fn sniff_request_line(bytes: &[u8]) -> Sniffed {
+    let method = bytes.iter().position(|byte| !is_token(*byte)).unwrap_or(bytes.len());
+    match bytes.get(method) {
+        _ if method > 32 => return Sniffed::Opaque,
+        None => return Sniffed::Partial,
+        Some(b' ') if method > 0 => {}
+        Some(_) => return Sniffed::Opaque,
+    }
+    let rest = &bytes[method + 1..];
+    let path = rest.first() == Some(&b'/');
+    let line = memchr::memchr(b'\n', rest);
+    let text = |byte: &u8| matches!(byte, b' '..=b'~' | b'\r' | b'\t' | 0x80..);
+    if !rest[..line.unwrap_or(rest.len())].iter().all(text) {
+        // Not to be let through as something unknown when it is only a bad request.
+        return if path { Sniffed::Http1 } else { Sniffed::Opaque };
+    }
+    let Some(end) = line else {
+        return match path {
+            _ if rest.len() < MAX_LINE => Sniffed::Partial,
+            true => Sniffed::Http1,
+            false => Sniffed::Opaque,
+        };
+    };
+    let line = rest[..end].trim_ascii_end();
+    let version = line.rsplit(|byte| *byte == b' ').next().unwrap_or_default();
+    let target = line.len() > version.len();
+    if target && version.starts_with(b"HTTP/") { Sniffed::Http1 } else { Sniffed::Opaque }
+}
+
+fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
+fn sniff_tls(bytes: &[u8]) -> Sniffed {
+    // Handshake record, version 3.x, ClientHello.
+    let looks = [(1, 0x03..=0x03), (2, 0x00..=0x04), (5, 0x01..=0x01)];
+    if looks.iter().any(|(at, values)| bytes.get(*at).is_some_and(|byte| !values.contains(byte))) {
+        return Sniffed::Opaque;
+    }
+    if bytes.len() < 6 {
+        return Sniffed::Partial;
+    }
+    match handshake(bytes) {
+        Gathered::Whole(message) => Sniffed::Tls(read_hello(&message).unwrap_or_default()),
+        // The handshake will say what is wrong; it is still TLS.
+        Gathered::Broken => Sniffed::Tls(ClientHello::default()),
+        Gathered::Partial if bytes.len() >= MAX_HELLO => Sniffed::Tls(ClientHello::default()),
+        Gathered::Partial => Sniffed::Partial,
+    }
+}
+
+enum Gathered {
+    Whole(Vec<u8>),
+    Partial,
+    Broken,
+}
+
+/// The first handshake message without its header, put together from as many records as it has.
+fn handshake(bytes: &[u8]) -> Gathered {
+    let (mut message, mut rest) = (Vec::new(), bytes);
+    loop {
+        let Some((header, body)) = rest.split_at_checked(5) else { return Gathered::Partial };
+        let length = usize::from(u16::from_be_bytes([header[3], header[4]]));
+        if header[0] != 0x16 || length == 0 {
+            return Gathered::Broken;
+        }
+        message.extend_from_slice(&body[..length.min(body.len())]);
+        if let [_, high, middle, low, content @ ..] = message.as_slice() {
+            let wanted = usize::from(*high) << 16 | usize::from(*middle) << 8 | usize::from(*low);
+            if let Some(content) = content.get(..wanted) {
+                return Gathered::Whole(content.to_vec());
+            }
+        }
+        match body.get(length..) {
+            Some(next) => rest = next,
+            None => return Gathered::Partial,
+        }
+    }
+}
+
+/// Reads what is wanted of a ClientHello (RFC 8446, section 4.1.2).
+fn read_hello(message: &[u8]) -> Option<ClientHello> {
+    let mut reader = Reader(message);
+    reader.take(2 + 32)?;
+    reader.vector8()?;
+    reader.vector16()?;
+    reader.vector8()?;
+    let mut hello = ClientHello::default();
+    let mut extensions = Reader(reader.vector16()?);
+    while !extensions.0.is_empty() {
+        let (kind, mut content) = (extensions.u16()?, Reader(extensions.vector16()?));
+        match kind {
+            0 => {
+                let mut names = Reader(content.vector16()?);
+                while !names.0.is_empty() {
+                    let (kind, name) = (names.take(1)?[0], names.vector16()?);
+                    if kind == 0 && hello.server_name.is_none() {
+                        hello.server_name = host_name(name);
+                    }
+                }
+            }
+            16 => {
+                let mut names = Reader(content.vector16()?);
+                while !names.0.is_empty() {
+                    hello.offers_mesh |= names.vector8()?.starts_with(MESH_ALPN_PREFIX);
+                }
+            }
+            _ => {}
+        }
+    }
+    Some(hello)
+}
+
+/// A name that may be routed on and written to a log: letters, digits, dots, dashes and underscores.
+fn host_name(name: &[u8]) -> Option<String> {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
+    let text = std::str::from_utf8(name).ok()?;
+    (!name.is_empty() && name.len() <= 255 && name.iter().all(plain)).then(|| text.to_ascii_lowercase())
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, count: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(count)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn u16(&mut self) -> Option<u16> {
+        self.take(2).map(|bytes| u16::from_be_bytes([bytes[0], bytes[1]]))
+    }
+
+    fn vector8(&mut self) -> Option<&'a [u8]> {
+        let length = usize::from(self.take(1)?[0]);
+        self.take(length)
+    }
+
+    fn vector16(&mut self) -> Option<&'a [u8]> {
+        let length = usize::from(self.u16()?);
+        self.take(length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn vector(width: usize, content: &[u8]) -> Vec<u8> {
+        [&content.len().to_be_bytes()[8 - width..], content].concat()
+    }
+
+    /// A ClientHello in records of at most `record` bytes.
+    fn hello(name: Option<&str>, alpn: &[&str], record: usize) -> Vec<u8> {
+        let mut extensions = [vec![0, 10], vector(2, b"\0\x02\0\x1d")].concat();
+        if let Some(name) = name {
+            let entry = [vec![0], vector(2, name.as_bytes())].concat();
+            extensions.extend([vec![0, 0], vector(2, &vector(2, &entry))].concat());
+        }
+        if !alpn.is_empty() {
+            let names: Vec<u8> = alpn.iter().flat_map(|name| vector(1, name.as_bytes())).collect();
+            extensions.extend([vec![0, 16], vector(2, &vector(2, &names))].concat());
+        }
+        let content = [
+            vec![3, 3],
+            vec![7; 32],
+            vector(1, &[1; 32]),
+            vector(2, &[0x13, 1]),
+            vector(1, &[0]),
+            vector(2, &extensions),
+        ];
+        let message = [vec![1], vector(3, &content.concat())].concat();
+        message.chunks(record).flat_map(|chunk| [vec![0x16, 3, 1], vector(2, chunk)].concat()).collect()
+    }
+
+    fn tls(server_name: Option<&str>, offers_mesh: bool) -> Sniffed {
+        Sniffed::Tls(ClientHello { server_name: server_name.map(str::to_owned), offers_mesh })
+    }
+
+    #[test]
+    fn first_bytes_tell_the_protocol() {
+        let cases: &[(&[u8], Sniffed)] = &[
+            (b"", Sniffed::Partial),
+            (b"GET / HTTP/1.1\r\n", Sniffed::Http1),
+            (b"M-SEARCH * HTTP/1.0\n", Sniffed::Http1),
+            (b"CONNECT a:1 HTTP/1.1\r\nHost", Sniffed::Http1),
+            (b"GET / HTTP/3.7\r\n", Sniffed::Http1),
+            (b"GET / HTT", Sniffed::Partial),
+            (b"GE", Sniffed::Partial),
+            (b"PRI * HT", Sniffed::Partial),
+            (HTTP2_PREFACE, Sniffed::Http2),
+            (b"PRI * HTTP/2.0\r\n\r\nXX", Sniffed::Http1),
+            (b"PROPFIND / HTTP/1.1\r\n", Sniffed::Http1),
+            (b"GET /\0", Sniffed::Http1),
+            (b"GET key\0\r\n", Sniffed::Opaque),
+            (b"GET key\r\n", Sniffed::Opaque),
+            (b"GET HTTP/1.1\r\n", Sniffed::Opaque),
+            (b"PING\r\n", Sniffed::Opaque),
+            (b"*1\r\n$4\r\nPING\r\n", Sniffed::Opaque),
+            (b"EHLO mail.example\r\n", Sniffed::Opaque),
+            (b"SSH-2.0-OpenSSH_9.2\r\n", Sniffed::Opaque),
+            (b"\0\0\0\x08\x04\xd2\x16\x2f", Sniffed::Opaque),
+            (b"\x80\x2e\x01\0\x02", Sniffed::Opaque),
+            (b"\x16\x03", Sniffed::Partial),
+            (b"\x16\x04\x01", Sniffed::Opaque),
+            (b"\x16\x03\x01\0\x05\x02", Sniffed::Opaque),
+            (b"\x16\x03\x01\0\x05\x01\0\0\x01\0", tls(None, false)),
+        ];
+        for (bytes, expected) in cases {
+            assert_eq!(sniff(bytes), *expected, "{:?}", String::from_utf8_lossy(bytes));
+        }
+        let endless = |start: &str| sniff(format!("{start}{}", "a".repeat(MAX_LINE)).as_bytes());
+        assert_eq!(
+            (endless("GET /"), endless("GET "), endless("")),
+            (Sniffed::Http1, Sniffed::Opaque, Sniffed::Opaque)
+        );
+    }
+
+    #[test]
+    fn hellos_tell_name_and_mesh() {
+        assert_eq!(sniff(&hello(Some("Web.Example"), &["h2"], 4096)), tls(Some("web.example"), false));
+        assert_eq!(sniff(&hello(Some("p80.web"), &["h2", "sheer/1+h1"], 1)), tls(Some("p80.web"), true));
+        assert_eq!(sniff(&hello(None, &[], 4096)), tls(None, false));
+        assert_eq!(sniff(&hello(Some("a\n\"b"), &[], 4096)), tls(None, false));
+        assert_eq!(
+            sniff(&[&hello(None, &[], 20_000)[..5], &[1, 0, 0xff, 0xff], &[0; 20_000]].concat()),
+            tls(None, false)
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn more_bytes_change_nothing_but_partial(bytes in prop_oneof![
+            proptest::collection::vec(0u8.., 0..64),
+            Just(hello(Some("web"), &["sheer/1+h2"], 50)),
+            "[A-Z]{1,8} [ -~]{0,20}( HTTP/1.1)?\r?\n?".prop_map(String::into_bytes),
+        ]) {
+            let whole = sniff(&bytes);
+            for end in 0..bytes.len() {
+                let part = sniff(&bytes[..end]);
+                prop_assert!(part == Sniffed::Partial || part == whole, "{:?} then {:?}", part, whole);
+            }
+        }
+    }
+}
