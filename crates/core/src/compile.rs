@@ -17,7 +17,7 @@ pub use lower::{
 };
 
 use crate::diagnostic::Diagnostic;
-use crate::name::ServiceName;
+use crate::name::{DnsLabel, ServiceName};
 use crate::resource::{Egress, Enrollment, HttpRoute, Kind, Mesh, Place, Service, Workload};
 use crate::wire::v1::Mode;
 use std::collections::{BTreeMap, BTreeSet};
@@ -53,6 +53,8 @@ pub struct Compiled {
     attached: BTreeMap<ServiceName, Vec<ServiceName>>,
     /// Service -> services with a route that sends to it.
     referrers: BTreeMap<ServiceName, BTreeSet<ServiceName>>,
+    /// Namespace -> one label of each selector, the rarest -> services with it.
+    by_label: BTreeMap<DnsLabel, BTreeMap<(String, String), Vec<ServiceName>>>,
     /// Service -> written workloads without a proxy that answer for it.
     statics: BTreeMap<ServiceName, Vec<ServiceName>>,
     /// Service that nobody wrote -> written workloads without a proxy that name it.

@@ -25,6 +25,7 @@ pub(super) fn compile(sources: &[Source]) -> Compiled {
         }
     }
     set.check_hosts();
+    set.index_selectors();
     set.place_static_workloads();
     set.attach();
     set.check_routes();
@@ -117,6 +118,27 @@ impl Set {
         self.compiled.diagnostics.append(&mut found);
     }
 
+    /// Files each selector under the label that fewest of them ask for, so that a workload's services are found without
+    /// looking at all.
+    fn index_selectors(&mut self) {
+        let mut counts: BTreeMap<(&DnsLabel, &str, &str), usize> = BTreeMap::new();
+        for service in self.compiled.services.values() {
+            for (name, value) in &service.selector {
+                *counts.entry((&service.meta.name.namespace, name, value)).or_default() += 1;
+            }
+        }
+        let mut index: BTreeMap<DnsLabel, BTreeMap<(String, String), Vec<ServiceName>>> = BTreeMap::new();
+        for service in self.compiled.services.values() {
+            let namespace = &service.meta.name.namespace;
+            let count =
+                |(name, value): &(&String, &String)| counts.get(&(namespace, name.as_str(), value.as_str())).copied();
+            let Some((name, value)) = service.selector.iter().min_by_key(count) else { continue };
+            let labels = index.entry(namespace.clone()).or_default();
+            labels.entry((name.clone(), value.clone())).or_default().push(service.meta.name.clone());
+        }
+        self.compiled.by_label = index;
+    }
+
     /// Finds the services of the workloads that have no proxy.
     fn place_static_workloads(&mut self) {
         let mut statics: BTreeMap<ServiceName, Vec<ServiceName>> = BTreeMap::new();
@@ -188,6 +210,10 @@ impl Set {
             (Some(written), Some(port)) if !written.ports.iter().any(|it| it.port == port) => {
                 (format!("{service} has no port {port}: the route is never used"), ports_help(written))
             }
+            (Some(written), port) if !carries_http(written, port) => (
+                format!("{service} carries no HTTP there: the route is never used"),
+                format!("change appProtocol in {}, or name another port", written.meta.place),
+            ),
             _ => return None,
         };
         Some(finding(Severity::Warning, &route.meta, parent, message, help))
@@ -253,6 +279,12 @@ impl Set {
             }
         }
     }
+}
+
+/// Whether any of the ports that a route is attached to may carry HTTP.
+fn carries_http(service: &Service, port: Option<u16>) -> bool {
+    let mut ports = service.ports.iter().filter(|it| port.is_none_or(|port| port == it.port));
+    ports.any(|it| super::lower::may_be_http(it.protocol))
 }
 
 /// What two matches have in common that compete for the same requests.

@@ -195,10 +195,13 @@ pub(super) fn services(
     named: Option<&ServiceName>,
     labels: &Labels<'_>,
 ) -> BTreeSet<ServiceName> {
-    let by_selector = compiled.services_in(namespace).filter(|service| {
-        !service.selector.is_empty() && service.selector.iter().all(|(name, value)| labels.has(name, value))
-    });
-    let mut services: BTreeSet<ServiceName> = by_selector.map(|service| service.meta.name.clone()).collect();
+    let index = compiled.by_label.get(namespace);
+    let candidates = labels.all().filter_map(|label| index?.get(&label)).flatten();
+    let selects = |name: &&ServiceName| {
+        let selector = compiled.services.get(name).map(|service| &service.selector);
+        selector.is_some_and(|selector| selector.iter().all(|(name, value)| labels.has(name, value)))
+    };
+    let mut services: BTreeSet<ServiceName> = candidates.filter(selects).cloned().collect();
     if let Some(named) = named
         && &named.namespace == namespace
         && compiled.services.get(named).is_none_or(|written| written.selector.is_empty())
@@ -207,6 +210,9 @@ pub(super) fn services(
     }
     services
 }
+
+/// Labels that name the service, as most selectors ask for them.
+const IMPLIED_LABELS: [&str; 2] = ["app", "app.kubernetes.io/name"];
 
 /// A workload's labels. `app` and `app.kubernetes.io/name` are the service it names where it does not carry them, so that
 /// the usual selectors find it.
@@ -217,10 +223,20 @@ pub(super) struct Labels<'a> {
 
 impl Labels<'_> {
     fn has(&self, name: &str, value: &str) -> bool {
-        match (self.own.get(name), self.service, name) {
-            (Some(own), _, _) => own == value,
-            (None, Some(service), "app" | "app.kubernetes.io/name") => service.as_str() == value,
-            (None, _, _) => false,
+        match (self.own.get(name), self.service) {
+            (Some(own), _) => own == value,
+            (None, Some(service)) => IMPLIED_LABELS.contains(&name) && service.as_str() == value,
+            (None, None) => false,
         }
+    }
+
+    /// All that it has.
+    fn all(&self) -> impl Iterator<Item = (String, String)> {
+        let own = self.own.iter().map(|(name, value)| (name.clone(), value.clone()));
+        let implied = self.service.into_iter().flat_map(|service| {
+            let missing = IMPLIED_LABELS.iter().filter(|name| !self.own.contains_key(**name));
+            missing.map(|name| ((*name).to_owned(), service.to_string()))
+        });
+        own.chain(implied)
     }
 }

@@ -286,7 +286,7 @@ fn implied_ports(compiled: &Compiled, fleet: &Fleet, name: &ServiceName) -> Opti
     Some(ports.into_iter().map(port).collect())
 }
 
-fn may_be_http(protocol: Protocol) -> bool {
+pub(super) fn may_be_http(protocol: Protocol) -> bool {
     match protocol {
         Protocol::Detect | Protocol::Http | Protocol::Http2 | Protocol::Grpc => true,
         Protocol::Tcp | Protocol::Tls => false,
