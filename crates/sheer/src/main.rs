@@ -8,6 +8,8 @@ mod dirs;
 mod duration;
 mod logging;
 mod output;
+#[cfg(test)]
+mod reference;
 mod settings;
 
 use clap::{CommandFactory as _, FromArgMatches as _};
