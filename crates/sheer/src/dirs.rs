@@ -71,6 +71,9 @@ impl Dirs {
 /// # Errors
 /// When it cannot be created, belongs to somebody else, or lets others in.
 pub(crate) fn make_private(path: &Path) -> anyhow::Result<()> {
+    if let Some(above) = path.parent() {
+        make(above, 0o755)?;
+    }
     make(path, 0o700)?;
     let found = std::fs::symlink_metadata(path).with_context(|| format!("cannot look at {}", path.display()))?;
     let uid = nix::unistd::geteuid().as_raw();

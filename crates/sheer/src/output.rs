@@ -80,7 +80,13 @@ impl Columns {
                 column.set_cell_alignment(CellAlignment::Right);
             }
         }
-        self.table.trim_fmt()
+        // The padding of a heading is inside its color.
+        const RESET: &str = "\u{1b}[0m";
+        let line = |line: &str| match line.trim_end().strip_suffix(RESET) {
+            Some(text) => format!("{}{RESET}", text.trim_end()),
+            None => line.trim_end().to_owned(),
+        };
+        self.table.lines().map(|text| line(&text)).collect::<Vec<_>>().join("\n")
     }
 }
 

@@ -119,7 +119,7 @@ impl Found {
             found.workloads.retain(|w| filter.admits(&w.namespace, &w.name));
         }
         found.objects = client.get(&query("/api/v1/objects", &[("kind", kind)]))?;
-        found.objects.retain(|o| filter.admits(&o.namespace, &o.name));
+        found.objects.retain(|o| kind.is_none_or(|kind| kind == o.kind) && filter.admits(&o.namespace, &o.name));
         Ok(found)
     }
 
