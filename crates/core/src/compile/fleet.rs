@@ -63,14 +63,27 @@ pub struct Changes {
     pub routes: BTreeSet<ServiceName>,
 }
 
-/// All registered workloads.
+/// All registered workloads, each with what a written Workload of its name says of it.
 #[derive(Clone, Debug, Default)]
 pub struct Fleet {
-    workloads: BTreeMap<String, Registered>,
+    workloads: BTreeMap<String, Member>,
     /// Service -> uids of those that answer for it.
     members: BTreeMap<ServiceName, BTreeSet<String>>,
     /// Service -> uids of those that name it, whether or not they answer for it.
     claimants: BTreeMap<ServiceName, BTreeSet<String>>,
+}
+
+#[derive(Clone, Debug)]
+struct Member {
+    registered: Registered,
+    /// `None`: nothing is written about it.
+    effective: Option<Registered>,
+}
+
+impl Member {
+    fn now(&self) -> &Registered {
+        self.effective.as_ref().unwrap_or(&self.registered)
+    }
 }
 
 impl Fleet {
@@ -85,23 +98,23 @@ impl Fleet {
 
     /// The same workloads under another configuration.
     pub fn recompiled(self, compiled: &Compiled) -> Self {
-        Self::new(compiled, self.workloads.into_values())
+        Self::new(compiled, self.workloads.into_values().map(|member| member.registered))
     }
 
     /// Adds a workload, or replaces the one with its uid.
     pub fn upsert(&mut self, compiled: &Compiled, workload: Registered) -> Changes {
-        if self.workloads.get(&workload.uid) == Some(&workload) {
+        if self.workloads.get(&workload.uid).is_some_and(|member| member.registered == workload) {
             return Changes::default();
         }
         let before = self.workloads.remove(&workload.uid);
         let mut changes = Changes::default();
         if let Some(before) = &before {
-            self.unlink(compiled, before, &mut changes);
+            self.unlink(compiled, before.now(), &mut changes);
         }
         let uid = workload.uid.clone();
         self.insert(compiled, workload);
-        if let Some(workload) = self.workloads.get(&uid) {
-            note(compiled, workload, &mut changes);
+        if let Some(member) = self.workloads.get(&uid) {
+            note(compiled, member.now(), &mut changes);
         }
         changes
     }
@@ -110,29 +123,29 @@ impl Fleet {
     pub fn remove(&mut self, compiled: &Compiled, uid: &str) -> Changes {
         let mut changes = Changes::default();
         if let Some(before) = self.workloads.remove(uid) {
-            self.unlink(compiled, &before, &mut changes);
+            self.unlink(compiled, before.now(), &mut changes);
         }
         changes
     }
 
     /// One workload.
     pub fn workload(&self, uid: &str) -> Option<&Registered> {
-        self.workloads.get(uid)
+        self.workloads.get(uid).map(Member::now)
     }
 
     /// All workloads, by uid.
     pub fn workloads(&self) -> impl Iterator<Item = &Registered> {
-        self.workloads.values()
+        self.workloads.values().map(Member::now)
     }
 
     /// The workloads that answer for a service, by uid.
     pub fn members(&self, service: &ServiceName) -> impl Iterator<Item = &Registered> {
-        self.members.get(service).into_iter().flatten().filter_map(|uid| self.workloads.get(uid))
+        self.members.get(service).into_iter().flatten().filter_map(|uid| self.workload(uid))
     }
 
     /// The workloads that name a service, by uid.
     pub fn claimants(&self, service: &ServiceName) -> impl Iterator<Item = &Registered> {
-        self.claimants.get(service).into_iter().flatten().filter_map(|uid| self.workloads.get(uid))
+        self.claimants.get(service).into_iter().flatten().filter_map(|uid| self.workload(uid))
     }
 
     /// The services that workloads name, written or not.
@@ -140,14 +153,17 @@ impl Fleet {
         self.claimants.keys()
     }
 
-    fn insert(&mut self, compiled: &Compiled, workload: Registered) {
-        for service in services_of(compiled, &workload) {
+    fn insert(&mut self, compiled: &Compiled, registered: Registered) {
+        let effective = written_over(compiled, &registered);
+        let member = Member { registered, effective };
+        let workload = member.now();
+        for service in services_of(compiled, workload) {
             self.members.entry(service).or_default().insert(workload.uid.clone());
         }
         if let Some(service) = &workload.service {
             self.claimants.entry(service.clone()).or_default().insert(workload.uid.clone());
         }
-        self.workloads.insert(workload.uid.clone(), workload);
+        self.workloads.insert(member.registered.uid.clone(), member);
     }
 
     fn unlink(&mut self, compiled: &Compiled, workload: &Registered, changes: &mut Changes) {
@@ -159,6 +175,31 @@ impl Fleet {
             leave(&mut self.claimants, service, &workload.uid);
         }
     }
+}
+
+/// The workload as a written Workload of its name describes it: its labels are added and win, its service holds where the
+/// registration names none, and of the ports those it lists remain, by its names and protocols.
+pub(super) fn written_over(compiled: &Compiled, workload: &Registered) -> Option<Registered> {
+    let written = compiled.workloads.get(&workload.name).filter(|written| written.proxied)?;
+    let mut effective = workload.clone();
+    effective.labels.extend(written.meta.labels.clone());
+    if effective.service.is_none() {
+        let named = |name: &DnsLabel| ServiceName { namespace: workload.name.namespace.clone(), name: name.clone() };
+        effective.service = written.service.as_ref().map(named);
+    }
+    if !written.ports.is_empty() {
+        effective.ports.retain(|port| written.ports.iter().any(|it| it.port == port.port));
+        for port in &mut effective.ports {
+            let Some(written) = written.ports.iter().find(|it| it.port == port.port) else { continue };
+            if !written.name.is_empty() {
+                port.name.clone_from(&written.name);
+            }
+            if written.protocol != Protocol::Detect {
+                port.protocol = written.protocol;
+            }
+        }
+    }
+    Some(effective)
 }
 
 fn leave(index: &mut BTreeMap<ServiceName, BTreeSet<String>>, service: &ServiceName, uid: &str) {

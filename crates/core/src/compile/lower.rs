@@ -1,7 +1,7 @@
 //! Wire resources out of a compiled set and the fleet, one service at a time.
 
 use super::Compiled;
-use super::fleet::{self, Fleet, Registered};
+use super::fleet::{self, Fleet, Registered, RegisteredPort};
 use crate::identity::SpiffeId;
 use crate::name::{DnsLabel, ServiceName};
 use crate::resource::{BackendRef, Egress, HttpRoute, ParentRef, Rule, Service, ServicePort, Target, Workload};
@@ -161,6 +161,8 @@ pub fn routes_of(compiled: &Compiled, fleet: &Fleet, name: &ServiceName) -> Opti
 /// registration, then the mesh.
 pub fn workload_of(compiled: &Compiled, workload: &Registered) -> v1::Workload {
     let written = compiled.workloads.get(&workload.name).filter(|written| written.proxied);
+    let effective = fleet::written_over(compiled, workload);
+    let workload = effective.as_ref().unwrap_or(workload);
     // Where nobody says anything nothing is let in by mistake.
     let modes = [written.and_then(|it| it.mode), Some(workload.mode), Some(compiled.mesh.default_mode)];
     let mode = modes.into_iter().flatten().find(|mode| *mode != Mode::Unspecified).unwrap_or(Mode::Strict);
@@ -197,6 +199,17 @@ pub fn workload_of(compiled: &Compiled, workload: &Registered) -> v1::Workload {
 /// What its owner should know about a workload that is registered but does not answer as its owner may expect.
 pub fn warnings_for(compiled: &Compiled, records: &impl Records, workload: &Registered) -> Vec<String> {
     let mut warnings = Vec::new();
+    let effective = fleet::written_over(compiled, workload);
+    if let (Some(effective), Some(written)) = (&effective, compiled.workloads.get(&workload.name)) {
+        let is_served = |port: &RegisteredPort| effective.ports.iter().any(|it| it.port == port.port);
+        for port in workload.ports.iter().filter(|port| !is_served(port)) {
+            warnings.push(format!(
+                "its port {} is not served: the Workload in {} lists other ports; add it there",
+                port.port, written.meta.place
+            ));
+        }
+    }
+    let workload = effective.as_ref().unwrap_or(workload);
     let services = fleet::services_of(compiled, workload);
     if let Some(named) = &workload.service
         && !services.contains(named)
