@@ -9,6 +9,10 @@ use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+/// The user id of proxies on a machine where root starts them and no user `sheer` exists. It lies in the range that
+/// systemd keeps for dynamic users, so that no account of people or packages has it.
+pub const PROXY_USER: u32 = 64764;
+
 /// Everything a proxy must know to start.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Plan {

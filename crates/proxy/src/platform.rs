@@ -126,6 +126,9 @@ pub struct Birth {
     pub group: Option<i32>,
     /// Whom the child runs as.
     pub account: Option<Account>,
+    /// Capabilities (bits by number) that the child keeps through exec although its user is not root: those that this
+    /// process has in a user namespace of its own.
+    pub capabilities: u32,
 }
 
 /// Lets the next child of `command` begin as `birth` says.
@@ -148,6 +151,9 @@ pub fn prepare(command: &mut Command, birth: Birth) {
                 check(libc::setresgid(account.group, account.group, account.group))?;
                 check(libc::setresuid(account.user, account.user, account.user))?;
             }
+            if birth.capabilities != 0 {
+                check(keep_through_exec(birth.capabilities))?;
+            }
             if birth.close_others {
                 libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
             }
@@ -168,6 +174,46 @@ pub fn prepare(command: &mut Command, birth: Birth) {
     };
     // SAFETY: See inside: only system calls, no allocation, no lock.
     unsafe { command.pre_exec(begin) };
+}
+
+/// Makes capabilities inheritable and ambient, as capabilities(7) wants it for a program without file capabilities.
+///
+/// # Safety
+/// None is needed by the caller; it is called between fork and exec and therefore only makes system calls.
+unsafe fn keep_through_exec(capabilities: u32) -> libc::c_int {
+    #[repr(C)]
+    struct Header {
+        version: u32,
+        process: i32,
+    }
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Sets {
+        effective: u32,
+        permitted: u32,
+        inheritable: u32,
+    }
+    const VERSION_3: u32 = 0x2008_0522;
+    let mut header = Header { version: VERSION_3, process: 0 };
+    let mut sets = [Sets { effective: 0, permitted: 0, inheritable: 0 }; 2];
+    // SAFETY: capget and capset of this version read one header and read or write two sets, which live on this stack.
+    unsafe {
+        if libc::syscall(libc::SYS_capget, &raw mut header, &raw mut sets) < 0 {
+            return -1;
+        }
+        sets[0].inheritable |= capabilities;
+        if libc::syscall(libc::SYS_capset, &raw mut header, &raw const sets) < 0 {
+            return -1;
+        }
+        for number in (0..u32::BITS).filter(|number| capabilities & (1 << number) != 0) {
+            let none: libc::c_ulong = 0;
+            let raise = libc::PR_CAP_AMBIENT_RAISE as libc::c_ulong;
+            if libc::prctl(libc::PR_CAP_AMBIENT, raise, libc::c_ulong::from(number), none, none) < 0 {
+                return -1;
+            }
+        }
+    }
+    0
 }
 
 #[cfg(test)]
@@ -225,7 +271,7 @@ mod tests {
                 close_others: true,
                 dies_with_parent: Some(libc::SIGKILL),
                 group: Some(0),
-                account: None,
+                ..Birth::default()
             },
         );
         let output = command.output().unwrap();

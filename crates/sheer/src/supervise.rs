@@ -1,0 +1,376 @@
+//! The supervisor: holds what outlives a proxy, and stands between the outside and a workload's processes.
+//!
+//! One thread, one loop over descriptors. Its children are the keeper (which has the namespaces and the command) and the
+//! proxy. Order of a start: run directory, namespaces, sockets, proxy; when that is ready, the command. Order of an end:
+//! capture in a shared namespace is undone, the proxy drains, the command ends, the proxy ends, the keeper ends.
+
+pub(crate) mod account;
+mod adopt;
+mod launch;
+mod notify;
+mod proxy;
+pub(crate) mod rundir;
+mod settle;
+mod signals;
+
+use crate::cmd::run::Workload;
+use crate::dirs::{self, Dirs};
+use crate::keeper::{self, FromKeeper, ToKeeper};
+use anyhow::{Context, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use notify::Notify;
+use proxy::Proxy;
+use rundir::{Process, RunDir};
+use settle::Settled;
+use sheer_proxy::plan::{FromSupervisor, ToSupervisor};
+use sheer_proxy::platform;
+use signals::{Origin, Signals};
+use std::ffi::OsString;
+use std::io::{self, Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::{Child, ExitCode};
+use std::time::{Duration, Instant};
+
+/// How long a draining workload serves on before the command is told; contracts.md, "Draining".
+const SERVE_ON: Duration = Duration::from_secs(5);
+/// How long a proxy may take to finish what is open after its command has ended.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+/// When a start that hangs is remarked upon.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Runs a workload to its end. Without a command, the proxy alone.
+///
+/// # Errors
+/// When it cannot start: what is wrong and how to mend it.
+pub(crate) fn run(workload: &Workload, command: &[OsString]) -> Result<ExitCode> {
+    let settled = Settled::of(workload, !command.is_empty())?;
+    for remark in &settled.remarks {
+        say(remark);
+    }
+    let signals = Signals::begin()?;
+    let dirs = Dirs::of_user()?;
+    let runs = rundir::runs(&dirs);
+    make_runs(&dirs, &runs)?;
+    if let Err(error) = rundir::sweep(&runs) {
+        say(&format!("{error:#}"));
+    }
+    let namespace = settled.service.namespace.as_str();
+    let given = workload.name.as_ref().map(|name| name.as_str());
+    let (run, name) = RunDir::claim(&runs, namespace, settled.service.name.as_str(), given)?;
+    let mut supervisor = launch::launch(workload, settled, command, run, &name, signals, &dirs)?;
+    let result = supervisor.supervise();
+    supervisor.end();
+    result
+}
+
+/// The directory of run directories; with root, proxies of another user pass through it.
+fn make_runs(dirs: &Dirs, runs: &std::path::Path) -> Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        dirs::make(&dirs.runtime, 0o755)?;
+        dirs::make(runs, 0o711)
+    } else {
+        dirs::make_private(&dirs.runtime)?;
+        dirs::make_private(runs)
+    }
+}
+
+/// One line for the person at the terminal.
+fn say(text: &str) {
+    anstream::eprintln!("sheer: {text}");
+}
+
+/// A file in memory that children read, at its beginning.
+pub(crate) fn memory_file(name: &str, bytes: &[u8]) -> Result<OwnedFd> {
+    let file = nix::sys::memfd::memfd_create(name, nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
+    let mut file = std::fs::File::from(file);
+    file.write_all(bytes)?;
+    file.rewind()?;
+    Ok(file.into())
+}
+
+/// Where a workload's life is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The proxy gets ready for the first time.
+    Starting,
+    /// The command runs; without one, the proxy does.
+    Running,
+    /// The proxy drains; at the time given, the command is told to stop.
+    Draining(Instant),
+    /// The command was told to stop; without one, the proxy was told to drain.
+    Stopping(Option<Instant>),
+    /// The command has ended; at the time given, the proxy is not waited for any more.
+    Leaving(Instant),
+}
+
+struct Supervisor {
+    signals: Signals,
+    run: Option<RunDir>,
+    record: rundir::Record,
+    keeper: Child,
+    link: OwnedFd,
+    proxy: Proxy,
+    notify: Option<Notify>,
+    adopted: Option<adopt::Adopted>,
+    /// How long the proxy alone may drain.
+    grace: Duration,
+    has_command: bool,
+    phase: Phase,
+    started: Instant,
+    hint: Option<String>,
+    announcement: String,
+    status: u8,
+}
+
+/// What became readable in one turn of the loop.
+#[derive(Default)]
+struct Ready {
+    signals: bool,
+    link: bool,
+    proxy: bool,
+    notify: bool,
+    adopted: bool,
+}
+
+impl Supervisor {
+    /// Serves until everything has ended; the exit status of the command.
+    fn supervise(&mut self) -> Result<ExitCode> {
+        loop {
+            let ready = self.wait()?;
+            if ready.proxy {
+                self.hear_proxy()?;
+            }
+            if ready.link {
+                self.hear_keeper()?;
+            }
+            if ready.notify
+                && let Some(notify) = &self.notify
+            {
+                notify.pass_on();
+            }
+            if ready.adopted
+                && let Some(adopted) = &mut self.adopted
+            {
+                adopted.look_again();
+            }
+            if ready.signals {
+                self.hear_signals()?;
+            }
+            if self.advance()? {
+                return Ok(ExitCode::from(self.status));
+            }
+        }
+    }
+
+    fn wait(&mut self) -> Result<Ready> {
+        fn add<'a>(waits: &mut Vec<PollFd<'a>>, fd: Option<BorrowedFd<'a>>) -> Option<usize> {
+            waits.push(PollFd::new(fd?, PollFlags::POLLIN));
+            Some(waits.len() - 1)
+        }
+        let timeout = match self.next_event() {
+            None => PollTimeout::NONE,
+            Some(at) => {
+                // Rounded up, so that the moment has come when the wait is over.
+                let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            }
+        };
+        let mut waits = Vec::with_capacity(5);
+        let signals = add(&mut waits, Some(self.signals.as_fd()));
+        let link = add(&mut waits, Some(self.link.as_fd()));
+        let proxy = add(&mut waits, self.proxy.link());
+        let notify = add(&mut waits, self.notify.as_ref().map(AsFd::as_fd));
+        let adopted = add(&mut waits, self.adopted.as_ref().and_then(adopt::Adopted::watch));
+        match poll(&mut waits, timeout) {
+            Err(nix::errno::Errno::EINTR) => return Ok(Ready::default()),
+            other => other?,
+        };
+        let is = |at: Option<usize>| at.is_some_and(|at| waits[at].any().unwrap_or(true));
+        Ok(Ready { signals: is(signals), link: is(link), proxy: is(proxy), notify: is(notify), adopted: is(adopted) })
+    }
+
+    fn next_event(&self) -> Option<Instant> {
+        let phase = match self.phase {
+            Phase::Starting => self.hint.as_ref().map(|_| self.started + PATIENCE),
+            Phase::Running => None,
+            Phase::Draining(at) | Phase::Leaving(at) => Some(at),
+            Phase::Stopping(at) => at,
+        };
+        [phase, self.proxy.respawn_at()].into_iter().flatten().min()
+    }
+
+    /// Does what the time has come for; true when all is over.
+    fn advance(&mut self) -> Result<bool> {
+        let now = Instant::now();
+        if self.proxy.respawn_at().is_some_and(|at| at <= now) {
+            self.proxy.spawn()?;
+            self.record.proxy = self.proxy.pid().and_then(Process::of);
+            self.write_record()?;
+        }
+        match self.phase {
+            Phase::Starting if now >= self.started + PATIENCE => {
+                if let Some(hint) = self.hint.take() {
+                    say(&hint);
+                }
+            }
+            Phase::Draining(at) if now >= at => {
+                self.signal_command(Signal::SIGTERM)?;
+                self.phase = Phase::Stopping(None);
+            }
+            Phase::Leaving(at) | Phase::Stopping(Some(at)) if now >= at || self.proxy.is_done() => return Ok(true),
+            _ => {}
+        }
+        Ok(false)
+    }
+
+    fn hear_proxy(&mut self) -> Result<()> {
+        for message in self.proxy.read() {
+            match message {
+                ToSupervisor::Ready if self.phase == Phase::Starting => {
+                    say(&self.announcement);
+                    if let Some(adopted) = &mut self.adopted {
+                        adopted.begin()?;
+                    }
+                    if self.has_command {
+                        keeper::tell(self.link.as_fd(), &ToKeeper::Start, &[])?;
+                    } else if let Some(notify) = &self.notify {
+                        notify.tell("READY=1");
+                    }
+                    self.phase = Phase::Running;
+                }
+                ToSupervisor::Ready => {}
+                ToSupervisor::Failed { message } if self.phase == Phase::Starting => bail!(message),
+                ToSupervisor::Failed { message } => say(&format!("the proxy fails: {message}")),
+                ToSupervisor::Drained => self.proxy.drained(),
+            }
+        }
+        Ok(())
+    }
+
+    fn hear_keeper(&mut self) -> Result<()> {
+        let (mut buffer, mut none) = (vec![0; keeper::MESSAGE], Vec::new());
+        loop {
+            let length = match platform::receive_with(self.link.as_fd(), &mut buffer, &mut none, false) {
+                Ok(0) => bail!("the keeper of the workload has died; the workload ends"),
+                Ok(length) => length,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error).context("cannot hear the keeper of the workload"),
+            };
+            match serde_json::from_slice(&buffer[..length])? {
+                FromKeeper::NotStarted { message, status } => {
+                    say(&message);
+                    self.command_ended(status);
+                }
+                FromKeeper::Ended { status } => self.command_ended(status),
+                FromKeeper::Failed { message } => bail!(message),
+                FromKeeper::Made { .. } | FromKeeper::Started { .. } => {}
+            }
+        }
+    }
+
+    fn command_ended(&mut self, status: u8) {
+        self.status = status;
+        self.proxy.tell(&FromSupervisor::Gone);
+        self.phase = Phase::Leaving(Instant::now() + LAST_WORDS);
+    }
+
+    fn hear_signals(&mut self) -> Result<()> {
+        for (signal, origin) in self.signals.read() {
+            match signal {
+                Signal::SIGCHLD => self.reap()?,
+                Signal::SIGTERM => self.stop(signal)?,
+                _ if self.phase == Phase::Starting && signals::ends(signal) => return self.give_up(signal),
+                // Without a command there is nobody else to mean.
+                _ if !self.has_command && signals::ends(signal) => self.stop(signal)?,
+                _ if origin == Origin::Terminal => {}
+                _ => self.signal_command(signal)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// A proxy that has ended is replaced; the keeper's end is heard on its link.
+    fn reap(&mut self) -> Result<()> {
+        if !self.proxy.reap() {
+            return Ok(());
+        }
+        self.record.proxy = None;
+        match self.phase {
+            Phase::Leaving(_) | Phase::Stopping(Some(_)) => self.proxy.forget(),
+            _ => self.proxy.respawn_soon(),
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, signal: Signal) -> Result<()> {
+        match self.phase {
+            Phase::Starting => self.give_up(signal)?,
+            Phase::Running => {
+                if let Some(notify) = &self.notify {
+                    notify.tell("STOPPING=1");
+                }
+                if let Some(adopted) = &mut self.adopted {
+                    adopted.end();
+                }
+                self.proxy.tell(&FromSupervisor::Drain);
+                let now = Instant::now();
+                self.phase =
+                    if self.has_command { Phase::Draining(now + SERVE_ON) } else { Phase::Stopping(Some(now + SERVE_ON + self.grace)) };
+            }
+            // Asked twice: at once.
+            Phase::Draining(_) => self.phase = Phase::Draining(Instant::now()),
+            Phase::Stopping(Some(_)) => self.phase = Phase::Stopping(Some(Instant::now())),
+            Phase::Stopping(None) => self.signal_command(signal)?,
+            Phase::Leaving(_) => self.phase = Phase::Leaving(Instant::now()),
+        }
+        Ok(())
+    }
+
+    /// Ends before the command was started.
+    fn give_up(&mut self, signal: Signal) -> Result<()> {
+        self.status = 128 + signal as u8;
+        self.phase = Phase::Leaving(Instant::now());
+        Ok(())
+    }
+
+    fn signal_command(&self, signal: Signal) -> Result<()> {
+        keeper::tell(self.link.as_fd(), &ToKeeper::Signal { number: signal as i32 }, &[])
+    }
+
+    fn write_record(&self) -> Result<()> {
+        self.run.as_ref().map_or(Ok(()), |run| run.write(&self.record))
+    }
+
+    /// Undoes everything, whatever state it is in.
+    fn end(&mut self) {
+        if let Some(adopted) = &mut self.adopted {
+            adopted.end();
+        }
+        self.proxy.kill();
+        // The keeper ends when it hears nobody any more.
+        if let Ok((closed, _)) = std::os::unix::net::UnixStream::pair() {
+            self.link = closed.into();
+        }
+        if let Err(error) = self.keeper.wait() {
+            say(&format!("cannot wait for the keeper: {error}"));
+        }
+        if let Some(Err(error)) = self.run.take().map(RunDir::remove) {
+            say(&format!("{error:#}; 'sheer clean' tries again"));
+        }
+    }
+}
+
+/// Waits for the keeper's first message; the listeners and tables that came with it.
+fn made(link: BorrowedFd<'_>) -> Result<(Vec<sheer_proxy::plan::Role>, usize, Vec<OwnedFd>)> {
+    let (mut buffer, mut descriptors) = (vec![0; keeper::MESSAGE], Vec::new());
+    let length = platform::receive_with(link, &mut buffer, &mut descriptors, true)?;
+    if length == 0 {
+        bail!("the keeper of the workload died while it began");
+    }
+    match serde_json::from_slice(&buffer[..length])? {
+        FromKeeper::Made { listeners, tables } => Ok((listeners, tables, descriptors)),
+        FromKeeper::Failed { message } => bail!(message),
+        other => Err(anyhow!("unexpected message from the keeper: {other:?}")),
+    }
+}
