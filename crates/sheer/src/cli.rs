@@ -61,6 +61,14 @@ pub(crate) struct Shared {
 /// One variant a verb; each verb is a file in `cmd/`.
 #[derive(Subcommand)]
 pub(crate) enum Command {
+    /// Run a command with its proxy beside it
+    Run(Box<cmd::run::Args>),
+    /// Stand beside something that runs already
+    Proxy(Box<cmd::proxy::Args>),
+    /// Run a command inside a workload's network
+    Exec(cmd::exec::Args),
+    /// Remove what a killed sheer left on this host
+    Clean(cmd::clean::Args),
     /// Bring objects into the running configuration
     Apply(cmd::apply::Args),
     /// Show what apply would change
@@ -85,6 +93,10 @@ impl Command {
     /// Runs the command; its exit status is the process's.
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         match self {
+            Self::Run(args) => cmd::run::run(*args),
+            Self::Proxy(args) => cmd::proxy::run(*args),
+            Self::Exec(args) => cmd::exec::run(args),
+            Self::Clean(args) => cmd::clean::run(args),
             Self::Apply(args) => cmd::apply::run(args),
             Self::Diff(args) => cmd::diff::run(args),
             Self::Delete(args) => cmd::delete::run(args),

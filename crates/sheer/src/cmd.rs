@@ -2,11 +2,15 @@
 
 pub(crate) mod apply;
 pub(crate) mod check;
+pub(crate) mod clean;
 pub(crate) mod delete;
 pub(crate) mod diff;
 pub(crate) mod edges;
+pub(crate) mod exec;
 pub(crate) mod get;
 pub(crate) mod lint;
+pub(crate) mod proxy;
+pub(crate) mod run;
 pub(crate) mod sources;
 pub(crate) mod stat;
 pub(crate) mod token;
@@ -15,6 +19,9 @@ use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
 
 /// Runs one of the hidden commands that only our own processes start; `None` for any other name.
-pub(crate) fn hidden(_name: &OsStr, _arguments: &[OsString]) -> Option<anyhow::Result<ExitCode>> {
-    None
+pub(crate) fn hidden(name: &OsStr, arguments: &[OsString]) -> Option<anyhow::Result<ExitCode>> {
+    match name.to_str()? {
+        "__keeper" => Some(crate::keeper::main(arguments)),
+        _ => None,
+    }
 }

@@ -160,8 +160,7 @@ impl Keeper {
                 descriptors.push(socket);
             }
             descriptors.extend(made.tables);
-            let (own, theirs) =
-                socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+            let (own, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
             descriptors.push(theirs);
             vending = Some(own);
         }
@@ -322,8 +321,10 @@ fn not_started(program: &OsStr, error: &io::Error, user: Option<u32>) -> FromKee
         io::ErrorKind::PermissionDenied => match user {
             Some(user) => (
                 126,
-                format!("user id {user} may not execute it; check the permissions of the file and the directories above \
-                         it, or run the command as somebody else by --user"),
+                format!(
+                    "user id {user} may not execute it; check the permissions of the file and the directories above \
+                         it, or run the command as somebody else by --user"
+                ),
             ),
             None => (126, "permission denied".to_owned()),
         },

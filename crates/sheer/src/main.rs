@@ -3,14 +3,17 @@
 mod cli;
 mod client;
 mod cmd;
-#[allow(dead_code, reason = "for the commands that start processes")]
 mod dirs;
 mod duration;
+mod keeper;
 mod logging;
+mod nft;
 mod output;
 #[cfg(test)]
 mod reference;
 mod settings;
+mod sockets;
+mod supervise;
 
 use clap::{CommandFactory as _, FromArgMatches as _};
 use std::ffi::OsString;

@@ -58,7 +58,16 @@ pub(crate) fn run(workload: &Workload, command: &[OsString]) -> Result<ExitCode>
     let namespace = settled.service.namespace.as_str();
     let given = workload.name.as_ref().map(|name| name.as_str());
     let (run, name) = RunDir::claim(&runs, namespace, settled.service.name.as_str(), given)?;
-    let mut supervisor = launch::launch(workload, settled, command, run, &name, signals, &dirs)?;
+    let mut supervisor = match launch::launch(workload, settled, command, &run, &name, signals, &dirs) {
+        Ok(supervisor) => supervisor,
+        Err(error) => {
+            if let Err(left) = run.remove() {
+                say(&format!("{left:#}; 'sheer clean' tries again"));
+            }
+            return Err(error);
+        }
+    };
+    supervisor.run = Some(run);
     let result = supervisor.supervise();
     supervisor.end();
     result
@@ -315,8 +324,11 @@ impl Supervisor {
                 }
                 self.proxy.tell(&FromSupervisor::Drain);
                 let now = Instant::now();
-                self.phase =
-                    if self.has_command { Phase::Draining(now + SERVE_ON) } else { Phase::Stopping(Some(now + SERVE_ON + self.grace)) };
+                self.phase = if self.has_command {
+                    Phase::Draining(now + SERVE_ON)
+                } else {
+                    Phase::Stopping(Some(now + SERVE_ON + self.grace))
+                };
             }
             // Asked twice: at once.
             Phase::Draining(_) => self.phase = Phase::Draining(Instant::now()),

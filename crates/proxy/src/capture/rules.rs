@@ -42,16 +42,16 @@ impl Namespace<'_> {
         }
         let loopback_dns = if self.loopback_dns {
             format!(
-                "    ip daddr 127.0.0.0/8 meta l4proto {{ tcp, udp }} th dport 53 counter name dns redirect to :{dns}\n\
-                 \x20   ip6 daddr ::1 meta l4proto {{ tcp, udp }} th dport 53 counter name dns redirect to :{dns}\n"
+                "    ip daddr 127.0.0.0/8 meta l4proto {{ tcp, udp }} th dport 53 counter name captured_dns redirect to :{dns}\n\
+                 \x20   ip6 daddr ::1 meta l4proto {{ tcp, udp }} th dport 53 counter name captured_dns redirect to :{dns}\n"
             )
         } else {
             String::new()
         };
         format!(
             "table inet sheer {{
-  counter tcp {{ }}
-  counter dns {{ }}
+  counter captured_tcp {{ }}
+  counter captured_dns {{ }}
   counter host_ports {{ }}
   counter refused_udp {{ }}
   counter refused_other {{ }}
@@ -59,10 +59,10 @@ impl Namespace<'_> {
     type nat hook output priority -100; policy accept;
 {host_ports}{loopback_dns}    ip daddr 127.0.0.0/8 accept
     ip6 daddr {{ ::1, {DELIVERY_V6} }} accept
-    meta l4proto {{ tcp, udp }} th dport 53 counter name dns redirect to :{dns}
+    meta l4proto {{ tcp, udp }} th dport 53 counter name captured_dns redirect to :{dns}
     ip daddr {OWN_V4} accept
     ip6 daddr {OWN_V6} accept
-    meta l4proto tcp counter name tcp redirect to :{outbound}
+    meta l4proto tcp counter name captured_tcp redirect to :{outbound}
   }}
   chain refuse {{
     type filter hook output priority 0; policy accept;
@@ -138,7 +138,7 @@ impl Shared<'_> {
         if let Some(port) = self.dns {
             let _ = writeln!(
                 dns,
-                "    {whose}meta l4proto {{ tcp, udp }} th dport 53 counter name dns redirect to :{port}"
+                "    {whose}meta l4proto {{ tcp, udp }} th dport 53 counter name captured_dns redirect to :{port}"
             );
         }
         let arrivals = if self.ports.is_empty() {
@@ -167,8 +167,8 @@ impl Shared<'_> {
         };
         format!(
             "table inet {table} {{
-  counter tcp {{ }}
-  counter dns {{ }}
+  counter captured_tcp {{ }}
+  counter captured_dns {{ }}
   counter inbound {{ }}
   counter other_udp {{ }}
   chain capture {{
@@ -176,7 +176,7 @@ impl Shared<'_> {
     meta skuid {proxy_user} accept
 {dns}    ip daddr 127.0.0.0/8 accept
     ip6 daddr ::1 accept
-    {whose}meta l4proto tcp counter name tcp redirect to :{outbound}
+    {whose}meta l4proto tcp counter name captured_tcp redirect to :{outbound}
   }}
 {arrivals}  chain others {{
     type filter hook output priority 0; policy accept;
@@ -214,8 +214,8 @@ mod tests {
     fn a_namespace_exempts_loopback_by_address_before_it_captures() {
         let rules = Namespace { outbound: 15001, dns: 15053, host_ports: &[], loopback_dns: false }.ruleset();
         let loopback = position(&rules, "ip daddr 127.0.0.0/8 accept");
-        assert!(loopback < position(&rules, "th dport 53 counter name dns redirect to :15053"));
-        assert!(loopback < position(&rules, "meta l4proto tcp counter name tcp redirect to :15001"));
+        assert!(loopback < position(&rules, "th dport 53 counter name captured_dns redirect to :15053"));
+        assert!(loopback < position(&rules, "meta l4proto tcp counter name captured_tcp redirect to :15001"));
         assert!(!rules.contains("oif"), "by address, not by interface");
         assert!(rules.contains("counter name refused_udp reject"));
     }

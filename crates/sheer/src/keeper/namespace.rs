@@ -105,8 +105,7 @@ fn fill(plan: &NamespacePlan, scratch: &Path) -> Result<Made> {
             .with_context(|| format!("--upstream {}: cannot listen there inside the namespace", upstream.listen))?;
         listeners.push((Role::Upstream { service: upstream.service.clone(), port: upstream.port }, socket));
     }
-    let rules =
-        rules::Namespace { outbound, dns, host_ports: &plan.host_ports, loopback_dns: !replaced }.ruleset();
+    let rules = rules::Namespace { outbound, dns, host_ports: &plan.host_ports, loopback_dns: !replaced }.ruleset();
     crate::nft::apply(&rules)?;
 
     let mut tables = vec![OwnedFd::from(File::open("/proc/net/tcp").context("cannot open /proc/net/tcp")?)];

@@ -60,7 +60,8 @@ impl Netlink {
     /// Routes everything to `lo`, from `source`. The route is a local one: a plain one over loopback is turned into a
     /// refusal for IPv6, and connect(2) would fail before the rules see the packet.
     pub(super) fn route_all(&mut self, source: IpAddr) -> io::Result<()> {
-        let mut body = vec![family(source), 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_HOST, RTN_LOCAL, 0, 0, 0, 0];
+        let mut body =
+            vec![family(source), 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_HOST, RTN_LOCAL, 0, 0, 0, 0];
         attribute(&mut body, RTA_OIF, &LOOPBACK_INDEX.to_ne_bytes());
         attribute(&mut body, RTA_PREFSRC, &octets(source));
         self.ask(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &body)

@@ -29,7 +29,8 @@ pub(crate) fn command(user: Option<&str>, group: Option<&str>) -> Result<Chosen>
         Some(name) => (look_up(name)?, None),
         None => {
             let caller = std::env::var("SUDO_UID").ok().and_then(|text| text.parse().ok());
-            let caller = caller.filter(|uid| *uid != 0).and_then(|uid| User::from_uid(Uid::from_raw(uid)).ok().flatten());
+            let caller =
+                caller.filter(|uid| *uid != 0).and_then(|uid| User::from_uid(Uid::from_raw(uid)).ok().flatten());
             let found = match caller {
                 Some(user) => user,
                 None => look_up("nobody").context("there is no user to run the command as; name one by --user")?,

@@ -38,18 +38,14 @@ pub(super) struct Proxy {
 struct Running {
     pid: Pid,
     since: Instant,
-    link: UnixStream,
+    /// Unset once the proxy has closed its end.
+    link: Option<UnixStream>,
     unread: Vec<u8>,
 }
 
 impl Proxy {
     /// Starts the first one. `sockets` are those whose numbers the plan names.
-    pub(super) fn start(
-        program: PathBuf,
-        plan: Plan,
-        sockets: Vec<OwnedFd>,
-        account: Option<Account>,
-    ) -> Result<Self> {
+    pub(super) fn start(program: PathBuf, plan: Plan, sockets: Vec<OwnedFd>, account: Option<Account>) -> Result<Self> {
         let mut proxy =
             Self { program, plan, sockets, account, child: None, crashes: 0, respawn_at: None, drained: false };
         proxy.spawn()?;
@@ -83,7 +79,7 @@ impl Proxy {
         prepare(&mut command, birth);
         let child = command.spawn().with_context(|| format!("cannot start the proxy ({})", self.program.display()))?;
         let pid = Pid::from_raw(child.id().cast_signed());
-        self.child = Some(Running { pid, since: Instant::now(), link: own, unread: Vec::new() });
+        self.child = Some(Running { pid, since: Instant::now(), link: Some(own), unread: Vec::new() });
         Ok(())
     }
 
@@ -94,7 +90,71 @@ impl Proxy {
 
     /// What to wait for.
     pub(super) fn link(&self) -> Option<BorrowedFd<'_>> {
-        self.child.as_ref().filter(|child| child.since != CLOSED.with(|at| *at)).map(|child| child.link.as_fd())
+        self.child.as_ref()?.link.as_ref().map(AsFd::as_fd)
+    }
+
+    /// What it has said.
+    pub(super) fn read(&mut self) -> Vec<ToSupervisor> {
+        let Some(child) = &mut self.child else { return Vec::new() };
+        let mut buffer = [0; 4096];
+        while let Some(link) = &mut child.link {
+            match link.read(&mut buffer) {
+                Ok(0) => child.link = None,
+                Ok(length) if child.unread.len() + length > LONGEST_LINE => child.link = None,
+                Ok(length) => child.unread.extend_from_slice(&buffer[..length]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(_) => child.link = None,
+            }
+        }
+        let mut messages = Vec::new();
+        while let Some(end) = child.unread.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = child.unread.drain(..=end).collect();
+            // A newer proxy may say more than this supervisor knows.
+            messages.extend(serde_json::from_slice(&line).ok());
+        }
+        messages
+    }
+
+    /// Tells it something; a dead one needs not know.
+    pub(super) fn tell(&mut self, message: &FromSupervisor) {
+        let link = self.child.as_mut().and_then(|child| child.link.as_mut());
+        if let (Some(link), Ok(mut line)) = (link, serde_json::to_vec(message)) {
+            line.push(b'\n');
+            // A few bytes into an empty socket: it does not block, and a peer that is gone will be reaped.
+            let _ = link.write_all(&line);
+        }
+    }
+
+    /// Whether the proxy has ended.
+    pub(super) fn reap(&mut self) -> bool {
+        let Some(child) = &self.child else { return false };
+        match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(_) => {}
+            Ok(_) => return false,
+        }
+        self.crashes = if child.since.elapsed() >= STABLE { 0 } else { self.crashes + 1 };
+        self.child = None;
+        true
+    }
+
+    /// Lets the next one start: at once, unless the last ones died young.
+    pub(super) fn respawn_soon(&mut self) {
+        self.respawn_at = Some(Instant::now() + wait(self.crashes));
+    }
+
+    /// Lets no other one start.
+    pub(super) fn forget(&mut self) {
+        self.respawn_at = None;
+    }
+
+    /// Ends it.
+    pub(super) fn kill(&mut self) {
+        self.respawn_at = None;
+        if let Some(child) = self.child.take() {
+            let _ = nix::sys::signal::kill(child.pid, nix::sys::signal::Signal::SIGKILL);
+            let _ = waitpid(child.pid, None);
+        }
     }
 
     /// When the next one is due.
@@ -110,5 +170,25 @@ impl Proxy {
     /// It said that nothing is open any more.
     pub(super) fn drained(&mut self) {
         self.drained = true;
+    }
+}
+
+/// How long to wait before the next start when the last `crashes` proxies died young.
+fn wait(crashes: u32) -> Duration {
+    match crashes {
+        0 | 1 => Duration::ZERO,
+        more => (FIRST_WAIT * 2u32.saturating_pow((more - 2).min(16))).min(LONGEST_WAIT),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_crash_costs_no_wait_and_a_loop_slows_down() {
+        let waits: Vec<u128> = (0..10).map(|crashes| wait(crashes).as_millis()).collect();
+        assert_eq!(waits, [0, 0, 100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+        assert_eq!(wait(u32::MAX), LONGEST_WAIT);
     }
 }

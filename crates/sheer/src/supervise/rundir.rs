@@ -86,7 +86,9 @@ impl RunDir {
         if let Some(name) = name {
             return match Self::take(&path_of(runs, namespace, name))? {
                 Some(run) => Ok((run, name.to_owned())),
-                None => bail!("a workload named {namespace}/{name} runs already on this host; stop it, or choose another --name"),
+                None => bail!(
+                    "a workload named {namespace}/{name} runs already on this host; stop it, or choose another --name"
+                ),
             };
         }
         for number in 1u32.. {
@@ -151,7 +153,8 @@ impl RunDir {
         if let Ok(record) = read(&self.path) {
             for process in [record.keeper, record.proxy].into_iter().flatten().filter(|process| process.lives()) {
                 // A keeper ends by itself with its supervisor; this is for one that was stopped.
-                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid), nix::sys::signal::Signal::SIGKILL);
+                let _ =
+                    nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid), nix::sys::signal::Signal::SIGKILL);
             }
             for table in &record.tables {
                 crate::nft::remove(table)?;
@@ -224,13 +227,14 @@ pub(crate) fn sweep(runs: &Path) -> Result<Vec<String>> {
 /// # Errors
 /// When none of this name runs.
 pub(crate) fn find(runs: &Path, namespace: &str, name: &str) -> Result<Record> {
-    read(&path_of(runs, namespace, name)).ok().filter(|record| record.supervisor.is_some_and(Process::lives)).with_context(
-        || {
+    read(&path_of(runs, namespace, name))
+        .ok()
+        .filter(|record| record.supervisor.is_some_and(Process::lives))
+        .with_context(|| {
             let running = running(runs);
             let hint = if running.is_empty() { "none runs".into() } else { format!("running: {}", running.join(", ")) };
             format!("no workload named {namespace}/{name} runs on this host as this user; {hint}")
-        },
-    )
+        })
 }
 
 /// The names of the running workloads of this user.
