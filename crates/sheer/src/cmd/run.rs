@@ -80,8 +80,8 @@ pub(crate) struct Workload {
     pub(crate) network: String,
 
     /// Where the workload runs
-    #[arg(long, value_name = "REGION/ZONE", default_value = "", hide_default_value = true)]
-    pub(crate) locality: String,
+    #[arg(long, value_name = "REGION/ZONE")]
+    pub(crate) locality: Option<String>,
 
     /// How traffic gets to the proxy
     #[arg(long, value_enum, default_value = "auto")]

@@ -154,7 +154,7 @@ pub(super) fn launch(
         state,
         address: workload.address,
         network: workload.network.clone(),
-        locality: workload.locality.clone(),
+        locality: workload.locality.clone().unwrap_or_default(),
         listeners: sockets.listeners,
         namespace_sockets: vending.as_ref().map(AsRawFd::as_raw_fd),
         namespace_tables: rest.iter().map(AsRawFd::as_raw_fd).collect(),
