@@ -66,8 +66,8 @@ pub struct Arguments {
     #[arg(long, default_value_t = 0.0, value_name = "SHARE")]
     pub hang_up: f64,
 
-    /// load: print counts on standard output every second as a line of JSON
-    #[arg(long)]
+    /// load: print a line of JSON on standard output every second, with the counts, and one with the report at the end
+    #[arg(long, conflicts_with = "report")]
     pub live_json: bool,
 
     /// load: write the report there instead of to standard output
@@ -178,6 +178,10 @@ async fn generate(arguments: Arguments, stop: impl Future<Output = ()>) -> anyho
         }
     }
     let report = running.stop().await;
+    if arguments.live_json {
+        println!("{}", serde_json::json!({ "report": report }));
+        return Ok(());
+    }
     let text = serde_json::to_string_pretty(&report)?;
     match arguments.report {
         Some(path) => std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?,

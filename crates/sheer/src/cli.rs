@@ -85,6 +85,8 @@ pub(crate) enum Command {
     Stat(cmd::stat::Args),
     /// Show who calls whom, by which route and protocol
     Edges(cmd::edges::Args),
+    /// The whole thing on one machine, with sample services and load
+    Demo(cmd::demo::Args),
     /// Make join tokens for workloads of other hosts
     Token(cmd::token::Args),
 }
@@ -105,6 +107,7 @@ impl Command {
             Self::Check(args) => cmd::check::run(args),
             Self::Stat(args) => cmd::stat::run(args),
             Self::Edges(args) => cmd::edges::run(args),
+            Self::Demo(args) => cmd::demo::run(args),
             Self::Token(args) => cmd::token::run(args),
         }
     }

@@ -4,6 +4,7 @@ pub(crate) mod apply;
 pub(crate) mod check;
 pub(crate) mod clean;
 pub(crate) mod delete;
+pub(crate) mod demo;
 pub(crate) mod diff;
 pub(crate) mod edges;
 pub(crate) mod exec;
@@ -22,6 +23,8 @@ use std::process::ExitCode;
 pub(crate) fn hidden(name: &OsStr, arguments: &[OsString]) -> Option<anyhow::Result<ExitCode>> {
     match name.to_str()? {
         "__keeper" => Some(crate::keeper::main(arguments)),
+        "__demo-child" => Some(demo::become_child(arguments)),
+        "__demo-service" => Some(sheer_demo::main(arguments).map(|()| ExitCode::SUCCESS)),
         _ => None,
     }
 }
