@@ -1,5 +1,6 @@
 //! `sheer clean`: removes what a killed Sheer left.
 
+use crate::cmd::demo;
 use crate::dirs::Dirs;
 use crate::supervise::rundir;
 use std::process::ExitCode;
@@ -12,12 +13,16 @@ pub(crate) struct Args {}
 
 /// Cleans up after this user's workloads that have no supervisor any more.
 pub(crate) fn run(_: Args) -> anyhow::Result<ExitCode> {
+    let demonstration = demo::sweep()?;
     let runs = rundir::runs(&Dirs::of_user()?);
     let swept = rundir::sweep(&runs)?;
     for name in &swept {
         anstream::println!("removed what {name} left");
     }
-    if swept.is_empty() {
+    if demonstration {
+        anstream::println!("removed what the demonstration left");
+    }
+    if swept.is_empty() && !demonstration {
         anstream::println!("nothing to clean");
     }
     Ok(ExitCode::SUCCESS)

@@ -22,7 +22,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-pub(crate) use stage::become_child;
+pub(crate) use stage::{become_child, sweep};
 
 /// How long everything may take to be ready.
 const PATIENCE: Duration = Duration::from_secs(90);
