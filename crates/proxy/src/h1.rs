@@ -69,3 +69,6 @@ pub struct Upgraded {
     /// What was already read from it.
     pub read: BytesMut,
 }
+
+#[cfg(test)]
+mod tests;

@@ -141,11 +141,20 @@ pub(crate) struct Sender {
     ended: bool,
     /// Something was taken out of the body.
     touched: bool,
+    /// The body broke off; what came before it is still sent.
+    failed: Option<BodyError>,
 }
 
 impl Default for Sender {
     fn default() -> Self {
-        Self { out: Outgoing::default(), body: Body::Empty, encoding: Encoding::None, ended: true, touched: false }
+        Self {
+            out: Outgoing::default(),
+            body: Body::Empty,
+            encoding: Encoding::None,
+            ended: true,
+            touched: false,
+            failed: None,
+        }
     }
 }
 
@@ -156,6 +165,7 @@ impl Sender {
         self.encoding = encoding;
         self.ended = false;
         self.touched = false;
+        self.failed = None;
     }
 
     /// Stops sending. The body comes back when nothing was taken out of it.
@@ -185,13 +195,13 @@ impl Sender {
     ) -> Poll<Result<(), SendFault>> {
         loop {
             let mut starved = false;
-            while !self.ended && !starved && self.out.has_room() {
+            while !self.ended && !starved && self.failed.is_none() && self.out.has_room() {
                 match self.body.poll_frame(cx) {
                     Poll::Ready(Some(Ok(frame))) => {
                         self.touched = true;
                         self.encode(frame)?;
                     }
-                    Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(SendFault::Body(error))),
+                    Poll::Ready(Some(Err(error))) => self.failed = Some(error),
                     Poll::Ready(None) => self.finish(None)?,
                     Poll::Pending => starved = true,
                 }
@@ -204,6 +214,9 @@ impl Sender {
                     self.body.poll_progress(cx);
                     return Poll::Pending;
                 }
+            }
+            if let Some(error) = self.failed.take() {
+                return Poll::Ready(Err(SendFault::Body(error)));
             }
             if self.ended {
                 return Poll::Ready(Ok(()));

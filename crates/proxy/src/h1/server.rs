@@ -16,7 +16,7 @@ use tokio::io::AsyncWrite;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::decode::Decoder;
-use super::encode::{self, Asked, Outgoing, SendFault, Sender};
+use super::encode::{self, Asked, Encoding, Outgoing, SendFault, Sender};
 use super::parse::{self, Framing, ParsedRequest, Refusal};
 use super::{Incoming, Upgraded, buffer};
 use crate::body::{Body, BodyError, Frame, Interim, InterimSink, Length, Request, Response};
@@ -166,9 +166,9 @@ struct Exchange {
 async fn answer(link: &Rc<Link>, response: Response, exchange: &Exchange) -> Result<bool, ConnError> {
     let Response { head, body } = response;
     let mut sender = Sender::default();
-    let keep_alive = {
+    let (keep_alive, ends_with_connection) = {
         let mut state = link.state();
-        sender.out = std::mem::take(&mut state.interim_out);
+        sender.out = state.take_interim();
         // A client that still waits for 100 Continue may send its body or not: nobody can know.
         let undecided = exchange.expects_continue && !state.continued && state.awaits_first_byte();
         let asked = Asked {
@@ -178,7 +178,7 @@ async fn answer(link: &Rc<Link>, response: Response, exchange: &Exchange) -> Res
         };
         let (encoding, keep_alive) = encode::response(&head, &body, asked, sender.out.small());
         sender.begin(body, encoding);
-        keep_alive
+        (keep_alive, encoding == Encoding::UntilClose)
     };
     drop(head);
     let sent = poll_fn(|cx| {
@@ -193,11 +193,11 @@ async fn answer(link: &Rc<Link>, response: Response, exchange: &Exchange) -> Res
         Ok(()) => {}
         Err(SendFault::Io(_)) => return Err(ConnError::ClientGone),
         Err(SendFault::Body(error)) => {
-            link.state().abort();
+            link.state().abort(ends_with_connection);
             return Err(ConnError::Response(error));
         }
         Err(SendFault::Length) => {
-            link.state().abort();
+            link.state().abort(ends_with_connection);
             return Err(ConnError::ResponseLength);
         }
     }
@@ -287,7 +287,7 @@ async fn refuse(link: &Link, refusal: Refusal) {
     }
     let body = Body::from(Bytes::from(format!("{reason}\n")));
     let mut sender = Sender::default();
-    sender.out = std::mem::take(&mut link.state().interim_out);
+    sender.out = link.state().take_interim();
     let asked = Asked { no_body: false, http10: false, keep_alive: false };
     let (encoding, _) = encode::response(&head, &body, asked, sender.out.small());
     sender.begin(body, encoding);
@@ -303,7 +303,7 @@ async fn refuse(link: &Link, refusal: Refusal) {
 }
 
 async fn open_tunnel(link: &Link, response: Response) -> Result<Upgraded, ConnError> {
-    let mut out = std::mem::take(&mut link.state().interim_out);
+    let mut out = link.state().take_interim();
     // CONNECT is answered without a length: what follows is the tunnel (RFC 9110, section 9.3.6).
     let asked = Asked { no_body: true, http10: false, keep_alive: true };
     encode::response(&response.head, &Body::Empty, asked, out.small());
@@ -501,18 +501,24 @@ impl State {
         if !self.writer.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
             self.writer = Some(cx.waker().clone());
         }
-        while let Some(head) = self.interim.pop_front() {
-            self.continued |= head.status == StatusCode::CONTINUE;
-            let asked = Asked { no_body: true, http10: false, keep_alive: true };
-            encode::response(&head, &Body::Empty, asked, self.interim_out.small());
-        }
-        let mut out = std::mem::take(&mut self.interim_out);
+        let mut out = self.take_interim();
         let flushed = self.poll_flush(&mut out, cx);
         self.interim_out = out;
         match flushed {
             Poll::Ready(result) => result,
             Poll::Pending => Ok(()),
         }
+    }
+
+    /// What is still to be written of interim answers.
+    fn take_interim(&mut self) -> Outgoing {
+        let mut out = std::mem::take(&mut self.interim_out);
+        while let Some(head) = self.interim.pop_front() {
+            self.continued |= head.status == StatusCode::CONTINUE;
+            let asked = Asked { no_body: true, http10: false, keep_alive: true };
+            encode::response(&head, &Body::Empty, asked, out.small());
+        }
+        out
     }
 
     /// True while not one byte of the request's body has been seen.
@@ -560,9 +566,10 @@ impl State {
         self.turn += 1;
     }
 
-    /// Ends the connection so that nobody takes a broken answer for a whole one: with a reset, not with an end.
-    fn abort(&mut self) {
-        if let Some(socket) = self.io.as_ref().and_then(Io::socket) {
+    /// Ends the connection so that nobody takes a broken answer for a whole one: where the connection's end would be
+    /// the answer's, with a reset.
+    fn abort(&mut self, reset: bool) {
+        if reset && let Some(socket) = self.io.as_ref().and_then(Io::socket) {
             // A socket that is already gone has been reset by the other side.
             let _ = socket.set_zero_linger();
         }
