@@ -1,0 +1,621 @@
+//! `sheer.v1.Fleet/Attach`: which workloads there are, where, and how well.
+//!
+//! A closed connection is a dead process: its workload is picked last at once and leaves after a second, unless it
+//! registers again. A silent connection is not: its workload is *suspect*, picked last, and leaves only when a peer
+//! cannot reach it either, and never more than a fifth of a service that way. Registrations are stored; after a start
+//! they hold for a minute, so that a restart of the control plane takes nobody's endpoints away.
+
+use crate::Control;
+use crate::attest::{Attested, Origin, Peer};
+use crate::registration::{Refusal, Stored, grant};
+use crate::store::{StoreError, Table};
+use parking_lot::Mutex;
+use sheer_core::api::{PortView, RefusedView, WorkloadState, WorkloadView};
+use sheer_core::compile::{Registered, warnings_for};
+use sheer_core::identity::SpiffeId;
+use sheer_core::name::{DnsLabel, ServiceName};
+use sheer_core::wire::v1::{
+    ControlNotice, Health, Mode, ProxyReport, RegistrationRefused, control_notice, proxy_report,
+};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+pub(crate) mod service {
+    tonic::include_proto!("sheer.v1.Fleet");
+}
+
+/// How long a closed connection's workload may take to register again.
+const RETURN: Duration = Duration::from_secs(1);
+/// How long stored registrations hold after a start.
+const HOLD: Duration = Duration::from_secs(60);
+/// How long a workload that left is remembered, so that its service is found empty rather than unknown.
+const REMEMBER: Duration = Duration::from_secs(60);
+/// How long a peer's report of an unreachable workload counts.
+const REPORT: Duration = Duration::from_secs(30);
+/// How long a stream may take to register.
+const FIRST_REPORT: Duration = Duration::from_secs(10);
+/// Notices that wait for a proxy: one a registration.
+const NOTICES: usize = 8;
+/// Resources remembered as refused, for each workload.
+const MAX_REFUSED: usize = 100;
+
+/// The uid of a workload on a host.
+pub fn uid_of(namespace: &DnsLabel, name: &DnsLabel) -> String {
+    format!("local/host/{namespace}/{name}")
+}
+
+/// All workloads that registered.
+#[derive(Default)]
+pub struct Fleet {
+    members: Mutex<BTreeMap<String, Member>>,
+    certificates: Mutex<HashMap<String, Attested>>,
+    sessions: AtomicU64,
+}
+
+struct Member {
+    stored: Stored,
+    identity: SpiffeId,
+    session: u64,
+    phase: Phase,
+    since: Instant,
+    draining: bool,
+    /// Left by suspicion.
+    removed: bool,
+    /// Who could not reach it, and when.
+    reports: HashMap<String, Instant>,
+    warnings: Vec<String>,
+    refused: Vec<RefusedView>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Its stream is open.
+    Connected,
+    /// Stored before the start, not heard of since.
+    Held,
+    /// Its connection went silent.
+    Silent,
+    /// Its connection closed less than a second ago.
+    Closed,
+    /// It left.
+    Gone,
+}
+
+impl Member {
+    fn registered(&self, uid: &str) -> Option<Registered> {
+        let health = match self.phase {
+            _ if self.draining => Health::Draining,
+            Phase::Silent | Phase::Closed => Health::Suspect,
+            Phase::Connected | Phase::Held | Phase::Gone => Health::Healthy,
+        };
+        let mut registered = self.stored.registered(uid, &self.identity, health)?;
+        if self.removed || self.phase == Phase::Gone {
+            registered.ports.iter_mut().for_each(|port| port.ready = false);
+        }
+        Some(registered)
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.since = Instant::now();
+    }
+}
+
+impl Fleet {
+    /// Loads what is stored; it holds for a minute.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn load(&self, control: &Control) -> Result<(), StoreError> {
+        let certificates = control.store.list::<Attested>(Table::Certificates)?;
+        *self.certificates.lock() = certificates.into_iter().collect();
+        for (uid, stored) in control.store.list::<Stored>(Table::Registrations)? {
+            let Ok(identity) = SpiffeId::parse(&stored.identity) else { continue };
+            let member = Member {
+                stored,
+                identity,
+                session: 0,
+                phase: Phase::Held,
+                since: Instant::now(),
+                draining: false,
+                removed: false,
+                reports: HashMap::new(),
+                warnings: Vec::new(),
+                refused: Vec::new(),
+            };
+            if let Some(registered) = member.registered(&uid) {
+                control.keep_addresses(control.state.upsert(registered));
+            }
+            self.members.lock().insert(uid, member);
+        }
+        Ok(())
+    }
+
+    /// The identity that has a workload's name, while it is registered.
+    pub fn identity_of(&self, uid: &str) -> Option<SpiffeId> {
+        let members = self.members.lock();
+        members.get(uid).filter(|member| member.phase != Phase::Gone).map(|member| member.identity.clone())
+    }
+
+    /// What was attested of a workload.
+    pub fn attested(&self, uid: &str) -> Option<Attested> {
+        self.certificates.lock().get(uid).cloned()
+    }
+
+    /// Notes an issued certificate.
+    pub fn note_certificate(&self, uid: &str, attested: Attested) {
+        self.certificates.lock().insert(uid.to_owned(), attested);
+    }
+
+    /// Notes what a workload's proxy refused in its answer to one response of a type.
+    pub fn note_refused(&self, uid: &str, type_url: &str, refused: Vec<RefusedView>) {
+        let mut members = self.members.lock();
+        let Some(member) = members.get_mut(uid) else { return };
+        for refusal in &refused {
+            let (name, reason, place) = (&refusal.name, &refusal.reason, &refusal.place);
+            tracing::warn!(%uid, %type_url, %name, %reason, %place, "a proxy refused a resource");
+        }
+        // What it did not refuse this time it has applied.
+        member.refused.retain(|it| it.type_url != type_url);
+        member.refused.extend(refused);
+        member.refused.truncate(MAX_REFUSED);
+    }
+
+    /// Workloads with an open stream.
+    pub fn connected(&self) -> usize {
+        self.members.lock().values().filter(|member| member.phase == Phase::Connected).count()
+    }
+
+    /// All workloads, for people.
+    pub fn views(&self, control: &Control) -> Vec<WorkloadView> {
+        let members = self.members.lock();
+        let certificates = self.certificates.lock();
+        let views = members.iter().filter(|(_, member)| member.phase != Phase::Gone);
+        views
+            .filter_map(|(uid, member)| {
+                let registered = member.registered(uid)?;
+                let granted = sheer_core::compile::workload_of(&control.state.compiled(), &registered);
+                let now = control.clock.unix();
+                let quiet = i64::try_from(member.since.elapsed().as_secs()).unwrap_or(i64::MAX);
+                Some(WorkloadView {
+                    uid: uid.clone(),
+                    namespace: member.stored.namespace.clone(),
+                    name: member.stored.name.clone(),
+                    identity: member.identity.to_string(),
+                    services: granted.services,
+                    labels: member.stored.labels.clone(),
+                    address: member.stored.address.to_string(),
+                    network: member.stored.network.clone(),
+                    locality: member.stored.locality.clone(),
+                    ports: registered.ports.iter().map(port_view).collect(),
+                    mode: mode_name(granted.mode).to_owned(),
+                    capture: member.stored.capture.clone(),
+                    version: member.stored.version.clone(),
+                    host: member.stored.host.clone(),
+                    state: match member.phase {
+                        _ if member.draining => WorkloadState::Draining,
+                        Phase::Connected => WorkloadState::Connected,
+                        Phase::Held => WorkloadState::Held,
+                        Phase::Silent => WorkloadState::Suspect,
+                        Phase::Closed | Phase::Gone => WorkloadState::Leaving,
+                    },
+                    last_seen: if member.phase == Phase::Connected { now } else { now - quiet },
+                    certificate_expires: certificates.get(uid).map_or(0, |it| it.not_after),
+                    exceptions: granted.exceptions.iter().map(exception_line).collect(),
+                    refused: member.refused.clone(),
+                    warnings: member.warnings.clone(),
+                })
+            })
+            .collect()
+    }
+
+    async fn register(
+        &self,
+        control: &Arc<Control>,
+        peer: &Peer,
+        registration: sheer_core::wire::v1::Registration,
+        session: u64,
+    ) -> Result<(String, Vec<String>), Refusal> {
+        let stored = grant(control, peer, &registration)?;
+        let uid = stored.uid()?;
+        let identity = SpiffeId::parse(&stored.identity).map_err(|_| Refusal::internal("no identity"))?;
+        if let Some(owner) = self.identity_of(&uid).filter(|owner| *owner != identity) {
+            return Err(Refusal {
+                reason: format!("the workload name is taken: {uid} is registered as {owner}"),
+                mend: "choose another --name".to_owned(),
+            });
+        }
+        let registered = stored
+            .registered(&uid, &identity, Health::Healthy)
+            .ok_or_else(|| Refusal::internal("the registration cannot be read back"))?;
+        control.pin_unclaimed(&registered).await.map_err(|error| Refusal {
+            reason: error.to_string(),
+            mend: "mend the control plane's state directory; the proxy tries again".to_owned(),
+        })?;
+        let warnings = control.state.look(|compiled, _, book| warnings_for(compiled, book, &registered));
+        let before = {
+            let mut members = self.members.lock();
+            let refused = members.get(&uid).map(|member| member.refused.clone()).unwrap_or_default();
+            // Under the lock, so that publications keep the order of the changes.
+            control.keep_addresses(control.state.upsert(registered));
+            members.insert(
+                uid.clone(),
+                Member {
+                    stored: stored.clone(),
+                    identity,
+                    session,
+                    phase: Phase::Connected,
+                    since: Instant::now(),
+                    draining: false,
+                    removed: false,
+                    reports: HashMap::new(),
+                    warnings: warnings.clone(),
+                    refused,
+                },
+            )
+        };
+        if before.is_none_or(|before| before.stored != stored) {
+            store_later(control, &uid, stored);
+        }
+        Ok((uid, warnings))
+    }
+
+    /// Changes a member of this session and publishes what follows from it.
+    fn change(&self, control: &Control, uid: &str, session: u64, change: impl FnOnce(&mut Member)) {
+        let mut members = self.members.lock();
+        let Some(member) = members.get_mut(uid).filter(|member| member.session == session) else { return };
+        change(member);
+        if let Some(registered) = member.registered(uid) {
+            // Under the lock, so that publications keep the order of the changes.
+            control.keep_addresses(control.state.upsert(registered));
+        }
+    }
+
+    fn health(&self, control: &Control, uid: &str, session: u64, ready: &[u32]) {
+        let mut store = None;
+        self.change(control, uid, session, |member| {
+            for port in &mut member.stored.ports {
+                port.ready = ready.contains(&u32::from(port.port));
+            }
+            store = Some(member.stored.clone());
+        });
+        if let Some(stored) = store {
+            store_later(control, uid, stored);
+        }
+    }
+
+    /// The stream has ended.
+    fn ended(self: &Arc<Self>, control: &Arc<Control>, uid: &str, session: u64, closed: bool) {
+        let mut phase = Phase::Gone;
+        self.change(control, uid, session, |member| {
+            if member.phase == Phase::Connected {
+                member.enter(if closed { Phase::Closed } else { Phase::Silent });
+            }
+            phase = member.phase;
+        });
+        tracing::info!(%uid, closed, "a proxy's stream ended");
+        match phase {
+            Phase::Closed => {
+                let (fleet, control, uid) = (self.clone(), control.clone(), uid.to_owned());
+                tokio::spawn(async move {
+                    tokio::time::sleep(RETURN).await;
+                    fleet.change(&control, &uid, session, |member| {
+                        if member.phase == Phase::Closed {
+                            member.enter(Phase::Gone);
+                        }
+                    });
+                });
+            }
+            Phase::Silent => self.judge(control, uid),
+            Phase::Connected | Phase::Held | Phase::Gone => {}
+        }
+    }
+
+    fn goodbye(&self, control: &Control, uid: &str, session: u64, reason: &str) {
+        tracing::info!(%uid, reason = %reason.escape_default(), "a workload left");
+        self.change(control, uid, session, |member| member.enter(Phase::Gone));
+        let key = uid.to_owned();
+        control.store.write_later(move |transaction| transaction.remove(Table::Registrations, &key));
+    }
+
+    fn unreachable(&self, control: &Control, reporter: &str, uid: &str) {
+        {
+            let mut members = self.members.lock();
+            let Some(member) = members.get_mut(uid) else { return };
+            member.reports.retain(|_, at| at.elapsed() < REPORT);
+            if reporter == uid || member.reports.len() >= 100 {
+                return;
+            }
+            member.reports.insert(reporter.to_owned(), Instant::now());
+        }
+        self.judge(control, uid);
+    }
+
+    /// Removes a silent workload that a peer cannot reach either, unless too much of a service has left that way.
+    fn judge(&self, control: &Control, uid: &str) {
+        let services: Vec<Vec<String>> = control.state.look(|compiled, fleet, _| {
+            let Some(registered) = fleet.workload(uid) else { return Vec::new() };
+            let services = sheer_core::compile::workload_of(compiled, registered).services;
+            let names = services.iter().filter_map(|name| ServiceName::parse(name).ok());
+            names.map(|name| fleet.members(&name).map(|member| member.uid.clone()).collect()).collect()
+        });
+        let mut members = self.members.lock();
+        let doubted = members.get(uid).is_some_and(|member| {
+            matches!(member.phase, Phase::Silent | Phase::Held)
+                && !member.removed
+                && member.reports.values().any(|at| at.elapsed() < REPORT)
+        });
+        let within = |uids: &Vec<String>| {
+            let here = uids.iter().filter_map(|uid| members.get(uid)).filter(|member| member.phase != Phase::Gone);
+            let (total, removed) =
+                here.fold((0, 0), |(total, removed), member| (total + 1, removed + usize::from(member.removed)));
+            removed_by_suspicion_is_bounded(total, removed)
+        };
+        if !doubted || !services.iter().all(within) {
+            return;
+        }
+        tracing::warn!(%uid, "a silent workload that a peer cannot reach leaves its services");
+        if let Some(member) = members.get_mut(uid) {
+            member.removed = true;
+            if let Some(registered) = member.registered(uid) {
+                control.keep_addresses(control.state.upsert(registered));
+            }
+        }
+    }
+
+    /// What time alone decides: called every second.
+    pub fn tend(&self, control: &Control) {
+        let mut forgotten = Vec::new();
+        {
+            let mut members = self.members.lock();
+            let certificates = self.certificates.lock();
+            let now = control.clock.unix();
+            for (uid, member) in members.iter_mut() {
+                let certified = certificates.get(uid).is_some_and(|it| now < it.not_after);
+                match member.phase {
+                    Phase::Held if member.since.elapsed() >= HOLD => member.enter(Phase::Gone),
+                    // Without a certificate it could not serve if it came back.
+                    Phase::Silent if !certified => member.enter(Phase::Gone),
+                    Phase::Gone if member.since.elapsed() >= REMEMBER => {
+                        forgotten.push(uid.clone());
+                        continue;
+                    }
+                    Phase::Connected | Phase::Held | Phase::Silent | Phase::Closed | Phase::Gone => continue,
+                }
+                if let Some(registered) = member.registered(uid) {
+                    control.keep_addresses(control.state.upsert(registered));
+                }
+            }
+            for uid in &forgotten {
+                members.remove(uid);
+            }
+        }
+        for uid in forgotten {
+            control.state.remove(&uid);
+            control.store.write_later(move |transaction| transaction.remove(Table::Registrations, &uid));
+        }
+    }
+}
+
+/// Whether one more of `total` may leave by suspicion when `removed` have: at most a fifth, but one of two or more.
+fn removed_by_suspicion_is_bounded(total: usize, removed: usize) -> bool {
+    total > 1 && removed < (total / 5).max(1)
+}
+
+fn store_later(control: &Control, uid: &str, stored: Stored) {
+    let uid = uid.to_owned();
+    control.store.write_later(move |transaction| transaction.put(Table::Registrations, &uid, &stored));
+}
+
+fn port_view(port: &sheer_core::compile::RegisteredPort) -> PortView {
+    PortView {
+        port: port.port,
+        name: port.name.clone(),
+        protocol: crate::status::protocol_name(port.protocol).to_owned(),
+        ready: port.ready,
+        mesh_port: port.mesh_port,
+    }
+}
+
+fn mode_name(mode: i32) -> &'static str {
+    match Mode::try_from(mode) {
+        Ok(Mode::Watch) => "watch",
+        Ok(Mode::Permissive) => "permissive",
+        Ok(Mode::Strict) => "strict",
+        Ok(Mode::Unspecified) | Err(_) => "unspecified",
+    }
+}
+
+fn exception_line(exception: &sheer_core::wire::v1::PlaintextException) -> String {
+    let ports: Vec<String> = exception.ports.iter().map(u32::to_string).collect();
+    let ports = if ports.is_empty() { "all ports".to_owned() } else { format!("port {}", ports.join(",")) };
+    format!("{ports} from {}: {}", exception.cidrs.join(","), exception.reason)
+}
+
+/// Serves `sheer.v1.Fleet`.
+pub struct FleetService {
+    /// The control plane.
+    pub control: Arc<Control>,
+}
+
+#[tonic::async_trait]
+impl service::fleet_server::Fleet for FleetService {
+    type AttachStream = ReceiverStream<Result<ControlNotice, Status>>;
+
+    async fn attach(&self, request: Request<Streaming<ProxyReport>>) -> Result<Response<Self::AttachStream>, Status> {
+        let peer = Peer::of(&request)?;
+        self.control.admit(&peer)?;
+        let (out, notices) = mpsc::channel(NOTICES);
+        let session = self.control.fleet.sessions.fetch_add(1, Ordering::Relaxed) + 1;
+        let attached = Attached { control: self.control.clone(), peer, session, out, uid: None };
+        tokio::spawn(attached.serve(request.into_inner()));
+        Ok(Response::new(ReceiverStream::new(notices)))
+    }
+}
+
+/// One proxy's stream.
+struct Attached {
+    control: Arc<Control>,
+    peer: Peer,
+    session: u64,
+    out: mpsc::Sender<Result<ControlNotice, Status>>,
+    uid: Option<String>,
+}
+
+impl Attached {
+    async fn serve(mut self, mut reports: Streaming<ProxyReport>) {
+        let closed = self.receive(&mut reports).await;
+        if let Some(uid) = &self.uid {
+            self.control.fleet.ended(&self.control, uid, self.session, closed);
+        }
+    }
+
+    /// Until the stream ends; tells whether the other end closed it.
+    async fn receive(&mut self, reports: &mut Streaming<ProxyReport>) -> bool {
+        let (begun, control) = (Instant::now(), self.control.clone());
+        let mut validity = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            // A dropped `message` loses nothing: what was read of it stays in the stream's buffer.
+            let report = tokio::select! {
+                report = reports.message() => report,
+                () = control.stopping() => {
+                    let _ = self.out.send(Err(Status::unavailable("the control plane is stopping"))).await;
+                    return false;
+                }
+                _ = validity.tick() => {
+                    let late = self.uid.is_none() && begun.elapsed() > FIRST_REPORT;
+                    if late {
+                        let _ = self.out.send(Err(Status::deadline_exceeded("no registration came"))).await;
+                        return true;
+                    }
+                    if let Err(status) = self.control.admit_still(&self.peer, self.uid.as_deref()) {
+                        let _ = self.out.send(Err(status)).await;
+                        return false;
+                    }
+                    continue;
+                }
+            };
+            match report {
+                Ok(Some(ProxyReport { body: Some(body) })) => {
+                    if let Err(status) = self.take(body).await {
+                        let _ = self.out.send(Err(status)).await;
+                        return true;
+                    }
+                }
+                Ok(Some(ProxyReport { body: None })) => {}
+                Ok(None) => return true,
+                Err(status) => return self.peer.hung_up() || status.code() == Code::Cancelled,
+            }
+        }
+    }
+
+    async fn take(&mut self, body: proxy_report::Body) -> Result<(), Status> {
+        let control = self.control.clone();
+        let fleet = &control.fleet;
+        if let proxy_report::Body::Registration(registration) = body {
+            let answer = fleet.register(&control, &self.peer, registration, self.session).await;
+            let body = match answer {
+                Ok((uid, warnings)) => {
+                    self.uid = Some(uid.clone());
+                    control_notice::Body::Registered(sheer_core::wire::v1::Registered { uid, warnings })
+                }
+                Err(Refusal { reason, mend }) => {
+                    tracing::warn!(from = %self.peer.from(), %reason, "a registration was refused");
+                    control_notice::Body::Refused(RegistrationRefused { reason, mend })
+                }
+            };
+            let notice = ControlNotice { body: Some(body) };
+            return self.out.send(Ok(notice)).await.map_err(|_| Status::cancelled("the stream has ended"));
+        }
+        let Some(uid) = &self.uid else {
+            return Err(Status::failed_precondition("the first report must be a registration"));
+        };
+        match body {
+            proxy_report::Body::Registration(_) => {}
+            proxy_report::Body::Health(health) => fleet.health(&control, uid, self.session, &health.ready),
+            proxy_report::Body::Draining(_) => {
+                fleet.change(&control, uid, self.session, |member| member.draining = true);
+            }
+            proxy_report::Body::Goodbye(goodbye) => fleet.goodbye(&control, uid, self.session, &goodbye.reason),
+            proxy_report::Body::Telemetry(telemetry) => control.telemetry.take(uid, telemetry, &control.clock),
+            proxy_report::Body::Unreachable(unreachable) => fleet.unreachable(&control, uid, &unreachable.workload),
+        }
+        Ok(())
+    }
+}
+
+impl Control {
+    /// Whether a peer may do more than ask for a certificate.
+    pub(crate) fn admit(&self, peer: &Peer) -> Result<(), Status> {
+        match &peer.origin {
+            Origin::Local { .. } => Ok(()),
+            Origin::Remote { certificate: Some(certificate) } if !certificate.expired(self.clock.unix()) => Ok(()),
+            Origin::Remote { certificate: Some(_) } => {
+                Err(Status::unauthenticated("the certificate has ended; renew it with Certify first"))
+            }
+            Origin::Remote { certificate: None } => {
+                Err(Status::unauthenticated("a client certificate is needed; ask for one with Certify first"))
+            }
+        }
+    }
+
+    /// Whether an open stream may go on: its certificate has not ended, or its workload has a newer one by now.
+    pub(crate) fn admit_still(&self, peer: &Peer, uid: Option<&str>) -> Result<(), Status> {
+        self.admit(peer).or_else(|status| {
+            let now = self.clock.unix();
+            let renewed = uid.and_then(|uid| self.fleet.attested(uid)).is_some_and(|it| now < it.not_after);
+            if renewed { Ok(()) } else { Err(status) }
+        })
+    }
+
+    /// Whether a peer may speak for a workload.
+    pub(crate) fn speaks_for(&self, peer: &Peer, uid: &str) -> Result<(), Status> {
+        let Some(attested) = self.fleet.attested(uid) else {
+            return Err(Status::permission_denied(format!(
+                "no certificate was issued for workload {}",
+                uid.escape_default()
+            )));
+        };
+        let speaks = match &peer.origin {
+            Origin::Local { uid: user } => {
+                attested.uid == Some(*user)
+                    || attested.uid.is_some_and(|it| self.own_users.contains(&it) && self.own_users.contains(user))
+            }
+            Origin::Remote { certificate } => {
+                certificate.as_ref().is_some_and(|it| it.id.to_string() == attested.identity)
+            }
+        };
+        if speaks {
+            return Ok(());
+        }
+        tracing::warn!(from = %peer.from(), %uid, "a peer claimed to be a workload that it is not");
+        Err(Status::permission_denied("the peer may not speak for this workload"))
+    }
+
+    /// The namespace whose view a peer gets; empty when it is not known.
+    pub(crate) fn namespace_of(&self, peer: &Peer, uid: Option<&str>) -> String {
+        if let Origin::Remote { certificate: Some(certificate) } = &peer.origin {
+            return certificate.id.namespace().to_string();
+        }
+        let attested = uid.and_then(|uid| self.fleet.attested(uid));
+        let id = attested.and_then(|attested| SpiffeId::parse(&attested.identity).ok());
+        id.map(|id| id.namespace().to_string()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn at_most_a_fifth_of_a_service_leaves_by_suspicion() {
+        let leave = |total| (0..total).take_while(|removed| removed_by_suspicion_is_bounded(total, *removed)).count();
+        assert_eq!([1, 2, 4, 9, 10, 100].map(leave), [0, 1, 1, 1, 2, 20]);
+    }
+}

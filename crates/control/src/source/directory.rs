@@ -1,0 +1,234 @@
+//! A directory of YAML files, watched.
+//!
+//! All files compile as one set. A change is taken up after 100 ms of quiet, at the latest 500 ms after its first sign;
+//! should the kernel's notices get lost, a look every two seconds finds it. A set with errors never comes into force: the
+//! one before stays, and its diagnostics are shown.
+
+use notify::{RecursiveMode, Watcher};
+use parking_lot::Mutex;
+use sheer_core::compile::{Compiled, Source, compile};
+use sheer_core::diagnostic::{Diagnostic, Severity};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+const QUIET: Duration = Duration::from_millis(100);
+const AT_MOST: Duration = Duration::from_millis(500);
+const RESCAN: Duration = Duration::from_secs(2);
+/// Larger files are refused by name instead of being read.
+const MAX_FILE: u64 = 4 << 20;
+/// Subdirectories are followed this deep.
+const MAX_DEPTH: usize = 8;
+
+/// The watched directory.
+pub struct Directory {
+    path: PathBuf,
+    changed: Arc<Notify>,
+    status: Mutex<Status>,
+    /// What the last look found.
+    seen: Mutex<Option<Content>>,
+    _watcher: Mutex<Option<notify::RecommendedWatcher>>,
+}
+
+/// How the directory is doing.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    /// What the last look found wrong or suspicious; errors mean that it is not in force.
+    pub diagnostics: Vec<Diagnostic>,
+    /// The directory cannot be read.
+    pub unreadable: Option<String>,
+    /// How often a configuration came into force.
+    pub generation: u64,
+}
+
+/// The files, and what could not be read of them.
+type Content = (Vec<Source>, Vec<Diagnostic>);
+
+impl Directory {
+    /// Watches a directory. It need not exist: then there is no configuration until it does.
+    pub fn new(path: &Path) -> Arc<Self> {
+        let changed = Arc::new(Notify::new());
+        let wake = changed.clone();
+        let watcher = notify::recommended_watcher(move |_event| wake.notify_one());
+        let watcher = match watcher {
+            Ok(watcher) => Some(watcher),
+            Err(error) => {
+                tracing::warn!(%error, "the configuration directory is looked at every 2 s instead of being watched");
+                None
+            }
+        };
+        Arc::new(Self {
+            path: path.to_owned(),
+            changed,
+            status: Mutex::default(),
+            seen: Mutex::default(),
+            _watcher: Mutex::new(watcher),
+        })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How it is doing.
+    pub fn status(&self) -> Status {
+        self.status.lock().clone()
+    }
+
+    /// Looks again soon, as after a change.
+    pub fn look(&self) {
+        self.changed.notify_one();
+    }
+
+    /// Reads the directory once.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn read(&self) -> io::Result<Vec<Source>> {
+        Ok(self.scan()?.0)
+    }
+
+    /// Reads and compiles; `None` when there is nothing that could come into force.
+    pub fn load(&self) -> Option<Compiled> {
+        self.watch();
+        match self.scan() {
+            Ok(content) => {
+                *self.seen.lock() = Some(content.clone());
+                self.judge(content.0, content.1)
+            }
+            Err(error) => {
+                self.unreadable(&error);
+                None
+            }
+        }
+    }
+
+    /// Calls `apply` with each configuration that is to come into force, until dropped.
+    pub async fn follow(self: Arc<Self>, apply: impl Fn(Compiled)) {
+        loop {
+            let noticed = tokio::time::timeout(RESCAN, self.changed.notified()).await.is_ok();
+            if noticed {
+                self.settle().await;
+            }
+            self.watch();
+            match self.scan() {
+                Ok(content) => {
+                    let again = self.status.lock().unreadable.take().is_some();
+                    let before = self.seen.lock().replace(content.clone());
+                    if before.as_ref() == Some(&content) && !again {
+                        continue;
+                    }
+                    if let Some(compiled) = self.judge(content.0, content.1) {
+                        apply(compiled);
+                    }
+                }
+                Err(error) => self.unreadable(&error),
+            }
+        }
+    }
+
+    async fn settle(&self) {
+        let begun = Instant::now();
+        while begun.elapsed() < AT_MOST {
+            if tokio::time::timeout(QUIET, self.changed.notified()).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn judge(&self, sources: Vec<Source>, refused: Vec<Diagnostic>) -> Option<Compiled> {
+        let mut compiled = compile(&sources);
+        compiled.diagnostics.extend(refused);
+        compiled.diagnostics.sort();
+        let errors = compiled.diagnostics.iter().filter(|it| it.is_error()).count();
+        let mut status = self.status.lock();
+        status.unreadable = None;
+        status.diagnostics = compiled.diagnostics.clone();
+        if errors > 0 {
+            for diagnostic in status.diagnostics.iter().filter(|it| it.is_error()).take(20) {
+                tracing::error!("{diagnostic}");
+            }
+            tracing::error!(errors, "the configuration is not taken; the one before stays in force");
+            return None;
+        }
+        status.generation += 1;
+        tracing::info!(files = sources.len(), objects = compiled.objects.len(), "configuration in force");
+        Some(compiled)
+    }
+
+    fn unreadable(&self, error: &io::Error) {
+        let mut status = self.status.lock();
+        let text = error.to_string();
+        if status.unreadable.as_ref() != Some(&text) {
+            tracing::error!(path = %self.path.display(), %error, "the configuration directory cannot be read");
+        }
+        status.unreadable = Some(text);
+    }
+
+    /// (Re)establishes the watch: a directory that was replaced has another inode.
+    fn watch(&self) {
+        if let Some(watcher) = self._watcher.lock().as_mut() {
+            // A missing directory is reported by the scan; the next look tries again.
+            let _ = watcher.watch(&self.path, RecursiveMode::Recursive);
+        }
+    }
+
+    fn scan(&self) -> io::Result<Content> {
+        let (mut sources, mut refused) = Content::default();
+        let mut waiting = vec![(self.path.clone(), 0)];
+        while let Some((directory, depth)) = waiting.pop() {
+            let entries = match std::fs::read_dir(&directory) {
+                Ok(entries) => entries,
+                // Gone between two looks; only the directory itself has to be there.
+                Err(error) if depth > 0 && error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            for entry in entries {
+                let path = entry?.path();
+                let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
+                let Ok(meta) = std::fs::metadata(&path) else { continue };
+                if hidden {
+                    continue;
+                }
+                if meta.is_dir() {
+                    if depth < MAX_DEPTH {
+                        waiting.push((path, depth + 1));
+                    }
+                    continue;
+                }
+                let yaml = path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml");
+                if !yaml || !meta.is_file() {
+                    continue;
+                }
+                let file = path.strip_prefix(&self.path).unwrap_or(&path).display().to_string();
+                match read_file(&path, meta.len()) {
+                    Ok(text) => sources.push(Source { file, text }),
+                    Err(reason) => refused.push(Diagnostic {
+                        file,
+                        line: 0,
+                        column: 0,
+                        severity: Severity::Error,
+                        path: String::new(),
+                        message: reason,
+                        help: Some("mend the file, or move it out of the directory".to_owned()),
+                    }),
+                }
+            }
+        }
+        sources.sort_by(|a, b| a.file.cmp(&b.file));
+        Ok((sources, refused))
+    }
+}
+
+fn read_file(path: &Path, length: u64) -> Result<String, String> {
+    if length > MAX_FILE {
+        return Err(format!("the file is larger than {} MiB", MAX_FILE >> 20));
+    }
+    std::fs::read_to_string(path).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidData => "the file is not UTF-8".to_owned(),
+        _ => format!("the file cannot be read: {error}"),
+    })
+}

@@ -1,0 +1,538 @@
+//! What must survive the control plane's own death: one redb file in the state directory.
+//!
+//! All writes go through one thread, which puts those that wait at the same moment into one transaction, so that 200
+//! joins cost a handful of disk flushes. A write is acknowledged when it is on the disk. The file's revision grows with
+//! each transaction.
+
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+
+/// A kind of record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// The store itself: format, revision, epoch.
+    Meta,
+    /// Registrations, by workload uid.
+    Registrations,
+    /// The last certificate of each workload, by uid.
+    Certificates,
+    /// Join tokens, by id.
+    Tokens,
+    /// Virtual addresses, by service.
+    VirtualIps,
+    /// Accepted service accounts, by service.
+    Pins,
+    /// How often each Enrollment was used.
+    Enrollments,
+}
+
+impl Table {
+    /// Every table, for backups.
+    pub const ALL: [Table; 7] = [
+        Table::Meta,
+        Table::Registrations,
+        Table::Certificates,
+        Table::Tokens,
+        Table::VirtualIps,
+        Table::Pins,
+        Table::Enrollments,
+    ];
+
+    /// Its name in the file and in backups.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Table::Meta => "meta",
+            Table::Registrations => "registrations",
+            Table::Certificates => "certificates",
+            Table::Tokens => "tokens",
+            Table::VirtualIps => "virtual-ips",
+            Table::Pins => "pins",
+            Table::Enrollments => "enrollments",
+        }
+    }
+
+    const fn definition(self) -> TableDefinition<'static, &'static str, &'static [u8]> {
+        TableDefinition::new(self.name())
+    }
+}
+
+/// Why the store cannot be opened or used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Another process has it open.
+    #[error("{} is in use by another control plane; stop that one, or use another --state directory", .path.display())]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Its content does not verify.
+    #[error(
+        "{} is damaged ({reason}); nothing was changed. Move it away and restore a backup with \
+         `sheer control restore -i FILE`, or start without it: proxies then have to join again", .path.display()
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What does not verify.
+        reason: String,
+    },
+    /// A newer or older format.
+    #[error("{} was written by another version of sheer (format {found}, this one reads {expected})", .path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        found: u32,
+        /// What is understood.
+        expected: u32,
+    },
+    /// The file system refused.
+    #[error("{}: {source}", .path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A transaction failed; nothing of it is in force.
+    #[error("the state could not be written: {0}; check free space and health of the disk")]
+    Write(String),
+    /// A record cannot be read back.
+    #[error("record '{key}' of table '{table}' cannot be read: {reason}")]
+    Record {
+        /// The table.
+        table: &'static str,
+        /// The key.
+        key: String,
+        /// Why.
+        reason: String,
+    },
+    /// The writer has stopped because the control plane ends.
+    #[error("the control plane is stopping")]
+    Stopped,
+}
+
+const FORMAT: u32 = 1;
+
+/// Keys and encoded values, ordered by key.
+pub type Records = Vec<(String, Vec<u8>)>;
+
+type Completion = Box<dyn FnOnce(Result<(), String>) + Send>;
+type Job = Box<dyn FnOnce(&Transaction<'_>) -> Completion + Send>;
+
+/// Jobs that may wait for the disk: as many as a herd of 200 proxies sends in its first seconds, and some.
+const QUEUE: usize = 1024;
+
+/// Jobs in one transaction.
+const BATCH: usize = 256;
+
+/// The open store. Clones share it.
+#[derive(Clone)]
+pub struct Store {
+    db: Arc<Database>,
+    jobs: mpsc::Sender<Job>,
+    revision: Arc<AtomicU64>,
+    epoch: u64,
+}
+
+impl Store {
+    /// Opens `sheer.redb` in the state directory; makes both when they are missing.
+    ///
+    /// # Errors
+    /// When another process has it open, when it is damaged, or when the directory cannot be used.
+    pub fn open(directory: &Path) -> Result<Self, StoreError> {
+        let io = |path: &Path| {
+            let path = path.to_owned();
+            move |source| StoreError::Io { path, source }
+        };
+        crate::file::private_directory(directory).map_err(io(directory))?;
+        let path = directory.join("sheer.redb");
+        let db = patiently(|| {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)
+                .map_err(io(&path))?;
+            open_verified(&path, file)
+        })?;
+        let store = Self::start(db);
+        let meta = |key: &str| store.read::<u64>(Table::Meta, key);
+        let (format, revision, epoch) = (meta("format")?, meta("revision")?, meta("epoch")?);
+        if let Some(found) = format.filter(|found| *found != u64::from(FORMAT)) {
+            return Err(StoreError::Format { path, found: u32::try_from(found).unwrap_or(0), expected: FORMAT });
+        }
+        store.revision.store(revision.unwrap_or(0), Ordering::Release);
+        let epoch = epoch.unwrap_or(1);
+        let store = Self { epoch, ..store };
+        if format.is_none() {
+            store.write_now(move |transaction| {
+                transaction.put(Table::Meta, "format", &u64::from(FORMAT))?;
+                transaction.put(Table::Meta, "epoch", &epoch)
+            })?;
+        }
+        Ok(store)
+    }
+
+    fn start(db: Database) -> Self {
+        let db = Arc::new(db);
+        let revision = Arc::new(AtomicU64::new(0));
+        let (jobs, waiting) = mpsc::channel(QUEUE);
+        let writer = Writer { db: db.clone(), revision: revision.clone(), waiting };
+        std::thread::spawn(move || writer.run());
+        Self { db, jobs, revision, epoch: 1 }
+    }
+
+    /// How often the file was written.
+    pub fn revision(&self) -> u64 {
+        self.revision.load(Ordering::Acquire)
+    }
+
+    /// Changes when a backup was restored: versions from before mean nothing to those after.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// One record.
+    ///
+    /// # Errors
+    /// When the file cannot be read or the record is not of this type.
+    pub fn read<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
+        let transaction = self.db.begin_read().map_err(write_error)?;
+        let opened = match transaction.open_table(table.definition()) {
+            Ok(opened) => opened,
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+            Err(error) => return Err(write_error(error)),
+        };
+        let found = opened.get(key).map_err(write_error)?;
+        found.map(|value| decode(table, key, value.value())).transpose()
+    }
+
+    /// All records of a table, ordered by key.
+    ///
+    /// # Errors
+    /// When the file cannot be read or a record is not of this type.
+    pub fn list<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(String, T)>, StoreError> {
+        self.raw(table)?.into_iter().map(|(key, value)| decode(table, &key, &value).map(|value| (key, value))).collect()
+    }
+
+    fn raw(&self, table: Table) -> Result<Records, StoreError> {
+        let transaction = self.db.begin_read().map_err(write_error)?;
+        raw_of(&transaction, table)
+    }
+
+    /// All tables as of one moment.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn image(&self) -> Result<Vec<(Table, Records)>, StoreError> {
+        let transaction = self.db.begin_read().map_err(write_error)?;
+        Table::ALL.into_iter().map(|table| Ok((table, raw_of(&transaction, table)?))).collect()
+    }
+
+    /// Runs `change` and returns when what it wrote is on the disk. `change` must check before it writes: when it
+    /// fails, what it wrote before that stays. Not cancel safe in the sense that a dropped call may still be carried out.
+    ///
+    /// # Errors
+    /// What `change` returns, or [`StoreError::Write`] when the transaction failed.
+    pub async fn write<T, E>(
+        &self,
+        change: impl FnOnce(&Transaction<'_>) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+    {
+        let (job, answer) = job(change);
+        self.jobs.send(job).await.map_err(|_| StoreError::Stopped)?;
+        answer.await.map_err(|_| StoreError::Stopped)?
+    }
+
+    /// [`Store::write`] for callers without a runtime.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn write_now<T, E>(
+        &self,
+        change: impl FnOnce(&Transaction<'_>) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+    {
+        let (job, mut answer) = job(change);
+        // Used where no runtime runs, or before one serves: a short wait is allowed, a panic inside a runtime is not.
+        let mut job = Some(job);
+        loop {
+            if let Some(waiting) = job.take() {
+                match self.jobs.try_send(waiting) {
+                    Ok(()) => {}
+                    Err(mpsc::error::TrySendError::Full(back)) => job = Some(back),
+                    Err(mpsc::error::TrySendError::Closed(_)) => return Err(StoreError::Stopped.into()),
+                }
+            }
+            match answer.try_recv() {
+                Ok(result) => return result,
+                Err(oneshot::error::TryRecvError::Empty) => std::thread::sleep(Duration::from_micros(200)),
+                Err(oneshot::error::TryRecvError::Closed) => return Err(StoreError::Stopped.into()),
+            }
+        }
+    }
+
+    /// Queues a write whose success nobody waits for; a failure is logged. For state that the next report repeats.
+    pub fn write_later(&self, change: impl FnOnce(&Transaction<'_>) -> Result<(), StoreError> + Send + 'static) {
+        let (job, answer) = job(change);
+        if self.jobs.try_send(job).is_err() {
+            tracing::warn!("the state's write queue is full; a registration was not recorded");
+            return;
+        }
+        drop(answer);
+    }
+}
+
+fn job<T, E>(
+    change: impl FnOnce(&Transaction<'_>) -> Result<T, E> + Send + 'static,
+) -> (Job, oneshot::Receiver<Result<T, E>>)
+where
+    T: Send + 'static,
+    E: From<StoreError> + Send + 'static,
+{
+    let (tell, answer) = oneshot::channel();
+    let job: Job = Box::new(move |transaction| {
+        let result = change(transaction);
+        Box::new(move |committed| {
+            let result = match committed {
+                Ok(()) => result,
+                Err(reason) => Err(StoreError::Write(reason).into()),
+            };
+            // Nobody may be waiting any more: write_later, or a dropped call.
+            let _ = tell.send(result);
+        })
+    });
+    (job, answer)
+}
+
+fn write_error(error: impl std::fmt::Display) -> StoreError {
+    StoreError::Write(error.to_string())
+}
+
+fn decode<T: DeserializeOwned>(table: Table, key: &str, value: &[u8]) -> Result<T, StoreError> {
+    serde_json::from_slice(value).map_err(|error| StoreError::Record {
+        table: table.name(),
+        key: key.to_owned(),
+        reason: error.to_string(),
+    })
+}
+
+fn raw_of(transaction: &redb::ReadTransaction, table: Table) -> Result<Records, StoreError> {
+    let opened = match transaction.open_table(table.definition()) {
+        Ok(opened) => opened,
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+        Err(error) => return Err(write_error(error)),
+    };
+    let mut found = Vec::new();
+    for entry in opened.iter().map_err(write_error)? {
+        let (key, value) = entry.map_err(write_error)?;
+        found.push((key.value().to_owned(), value.value().to_vec()));
+    }
+    Ok(found)
+}
+
+/// Tries again for a second while the file is in use: a control plane that is being replaced is about to let it go.
+fn patiently(open: impl Fn() -> Result<Database, StoreError>) -> Result<Database, StoreError> {
+    let mut tries = 0;
+    loop {
+        match open() {
+            Err(StoreError::InUse { .. }) if tries < 20 => std::thread::sleep(Duration::from_millis(50)),
+            other => return other,
+        }
+        tries += 1;
+    }
+}
+
+/// Opens the file and verifies all of its checksums: a damaged file is refused before anything is served from it.
+fn open_verified(path: &Path, file: std::fs::File) -> Result<Database, StoreError> {
+    let damaged = |reason: String| StoreError::Damaged { path: path.to_owned(), reason };
+    // The library asserts what a damaged file can break; such a panic is a finding about the file, not about us.
+    let opened = std::panic::catch_unwind(move || {
+        let mut db = Database::builder().create_file(file)?;
+        db.check_integrity().map(|sound| (db, sound))
+    });
+    match opened {
+        Ok(Ok((db, sound))) => {
+            if !sound {
+                tracing::warn!(path = %path.display(), "the state file was repaired after a crash");
+            }
+            Ok(db)
+        }
+        Ok(Err(redb::DatabaseError::DatabaseAlreadyOpen)) => Err(StoreError::InUse { path: path.to_owned() }),
+        Ok(Err(redb::DatabaseError::Storage(redb::StorageError::Io(source)))) => match source.kind() {
+            std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof => Err(damaged(source.to_string())),
+            _ => Err(StoreError::Io { path: path.to_owned(), source }),
+        },
+        Ok(Err(error)) => Err(damaged(error.to_string())),
+        Err(_) => Err(damaged("its structure is inconsistent".to_owned())),
+    }
+}
+
+/// A transaction as a change sees it.
+pub struct Transaction<'a> {
+    inner: &'a redb::WriteTransaction,
+}
+
+impl Transaction<'_> {
+    /// One record.
+    ///
+    /// # Errors
+    /// When the file cannot be read or the record is not of this type.
+    pub fn read<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
+        let opened = self.inner.open_table(table.definition()).map_err(write_error)?;
+        let found = opened.get(key).map_err(write_error)?;
+        found.map(|value| decode(table, key, value.value())).transpose()
+    }
+
+    /// Writes a record.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn put<T: Serialize>(&self, table: Table, key: &str, value: &T) -> Result<(), StoreError> {
+        self.put_raw(table, key, &serde_json::to_vec(value).map_err(write_error)?)
+    }
+
+    pub(crate) fn put_raw(&self, table: Table, key: &str, value: &[u8]) -> Result<(), StoreError> {
+        let mut opened = self.inner.open_table(table.definition()).map_err(write_error)?;
+        opened.insert(key, value).map_err(write_error)?;
+        Ok(())
+    }
+
+    /// Removes a record, if it is there.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn remove(&self, table: Table, key: &str) -> Result<(), StoreError> {
+        let mut opened = self.inner.open_table(table.definition()).map_err(write_error)?;
+        opened.remove(key).map_err(write_error)?;
+        Ok(())
+    }
+}
+
+struct Writer {
+    db: Arc<Database>,
+    revision: Arc<AtomicU64>,
+    waiting: mpsc::Receiver<Job>,
+}
+
+impl Writer {
+    fn run(mut self) {
+        let mut jobs = Vec::new();
+        while self.waiting.blocking_recv_many(&mut jobs, BATCH) > 0 {
+            let mut completions = Vec::with_capacity(jobs.len());
+            let committed = self.commit(jobs.drain(..), &mut completions).map_err(|error| error.to_string());
+            if let Err(reason) = &committed {
+                tracing::error!(%reason, "the state could not be written");
+            }
+            for completion in completions {
+                completion(committed.clone());
+            }
+        }
+    }
+
+    fn commit(&self, jobs: impl Iterator<Item = Job>, completions: &mut Vec<Completion>) -> Result<(), redb::Error> {
+        let transaction = self.db.begin_write()?;
+        let view = Transaction { inner: &transaction };
+        for job in jobs {
+            completions.push(job(&view));
+        }
+        let revision = self.revision.load(Ordering::Acquire) + 1;
+        if let Err(error) = view.put(Table::Meta, "revision", &revision) {
+            tracing::error!(%error, "the state's revision could not be written");
+        }
+        transaction.commit()?;
+        self.revision.store(revision, Ordering::Release);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open_file(directory: &Path) -> Result<Database, StoreError> {
+        let path = directory.join("sheer.redb");
+        open_verified(&path, OpenOptions::new().read(true).write(true).open(&path).unwrap())
+    }
+
+    #[test]
+    fn keeps_what_was_acknowledged() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let put = |transaction: &Transaction<'_>| transaction.put(Table::Pins, "default/web", &vec!["web"]);
+        store.write_now::<_, StoreError>(put).unwrap();
+        let before = store.revision();
+        assert!(matches!(Store::open(directory.path()), Err(StoreError::InUse { .. })));
+        drop(store);
+        let store = Store::open(directory.path()).unwrap();
+        assert_eq!(store.read::<Vec<String>>(Table::Pins, "default/web").unwrap(), Some(vec!["web".to_owned()]));
+        assert_eq!(store.revision(), before);
+    }
+
+    #[test]
+    fn the_directory_and_the_file_are_private() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        let _store = Store::open(&state).unwrap();
+        let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&state), 0o700);
+        assert_eq!(mode(&state.join("sheer.redb")), 0o600);
+    }
+
+    #[test]
+    fn a_damaged_file_is_refused_and_left_alone() {
+        for damage in [0usize, 70, 4096, 5000, 9000] {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Store::open(directory.path()).unwrap();
+            for number in 0..200 {
+                let key = format!("default/{number}");
+                store
+                    .write_now::<_, StoreError>(move |transaction| transaction.put(Table::Pins, &key, &vec!["web"; 20]))
+                    .unwrap();
+            }
+            drop(store);
+            // Opened once more, so that nobody holds the file any longer.
+            drop(patiently(|| open_file(directory.path())).unwrap());
+            let path = directory.path().join("sheer.redb");
+            let mut bytes = std::fs::read(&path).unwrap();
+            // Every 64th byte from there on: whatever page is in use is hit.
+            let end = bytes.len();
+            bytes[damage..end].iter_mut().step_by(64).for_each(|byte| *byte ^= 0x55);
+            std::fs::write(&path, &bytes).unwrap();
+            match Store::open(directory.path()) {
+                Err(StoreError::Damaged { .. }) => {}
+                Err(other) => panic!("{damage}: {other}"),
+                Ok(_) => panic!("{damage}: opened"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_truncated_file_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        drop(Store::open(directory.path()).unwrap());
+        drop(patiently(|| open_file(directory.path())).unwrap());
+        let path = directory.path().join("sheer.redb");
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() / 3]).unwrap();
+        assert!(matches!(Store::open(directory.path()), Err(StoreError::Damaged { .. })));
+    }
+}

@@ -1,0 +1,137 @@
+//! Workloads come, fall ill and go.
+
+use crate::Fixture;
+use crate::client::{self, Credentials, Discovery, Name, certify};
+use sheer_core::wire::v1::{self, Health, proxy_report};
+
+const API: &str = "default/api";
+
+#[tokio::test]
+async fn a_registered_workload_is_an_endpoint_until_its_stream_closes() {
+    let mesh = Fixture::start().await;
+    let mut watcher = mesh.watcher(API).await;
+    watcher.next().await.unwrap();
+    assert!(watcher.removed.iter().any(|(_, name)| name == API), "an unknown name is answered");
+    let (_channel, attached) = mesh.workload(&Name::new("api", "api-1"), API).await;
+    watcher.until("the endpoint", |it| it.endpoints(API).len() == 2).await;
+    // Port 80 of an implied service leads to its first HTTP port.
+    let ports: Vec<u32> = watcher.endpoints(API).iter().map(|it| it.service_port).collect();
+    assert_eq!(ports, [80, 8080]);
+    let endpoints: v1::Endpoints = watcher.get(API).unwrap();
+    assert_eq!(endpoints.identities, ["spiffe://mesh.internal/ns/default/sa/api"]);
+    assert_eq!(endpoints.endpoints[0].address.as_ref(), [127, 0, 0, 1]);
+
+    attached.send(proxy_report::Body::Health(v1::PortHealth { ready: vec![] })).await;
+    watcher.until("not ready", |it| it.endpoints(API).is_empty()).await;
+    attached.send(proxy_report::Body::Health(v1::PortHealth { ready: vec![8080] })).await;
+    watcher.until("ready", |it| it.endpoints(API).len() == 2).await;
+    attached.send(proxy_report::Body::Draining(v1::Draining { grace_ms: 1000 })).await;
+    let all = |it: &Discovery, health: Health| it.endpoints(API).iter().all(|it| it.health() == health);
+    watcher.until("draining", |it| all(it, Health::Draining)).await;
+    drop(attached);
+    watcher.until("gone", |it| it.endpoints(API).is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_closed_stream_is_suspect_at_once_and_may_return() {
+    let mesh = Fixture::start().await;
+    let mut watcher = mesh.watcher(API).await;
+    let name = Name::new("api", "api-1");
+    let (channel, attached) = mesh.workload(&name, API).await;
+    watcher.until("the endpoint", |it| it.endpoints(API).len() == 2).await;
+    drop(attached);
+    let first = |it: &Discovery| it.endpoints(API).first().map(|it| it.health());
+    watcher.until("suspect", |it| first(it) == Some(Health::Suspect)).await;
+    let _attached = client::attach(&channel, client::registration(&name, API)).await.unwrap();
+    watcher.until("healthy again", |it| first(it) == Some(Health::Healthy)).await;
+}
+
+#[tokio::test]
+async fn another_service_account_gets_nothing_of_a_service() {
+    let mesh = Fixture::start().await;
+    let mut watcher = mesh.watcher(API).await;
+    let (_victim, _attached) = mesh.workload(&Name::new("api", "api-1"), API).await;
+    watcher.until("the endpoint", |it| it.endpoints(API).len() == 2).await;
+
+    let thief = Name::new("thief", "thief-1");
+    let channel = mesh.unix().await;
+    certify(&channel, &mut Credentials::new(), &thief, "").await.unwrap();
+    let mut claim = client::registration(&thief, API);
+    claim.labels = vec![v1::Label { name: "app".into(), value: "api".into() }];
+    let mut attached = client::attach(&channel, claim).await.unwrap();
+    match attached.notice().await {
+        v1::control_notice::Body::Registered(registered) => {
+            assert!(registered.warnings[0].contains("gets no traffic of default/api"), "{registered:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    // A later change of the victim arrives, the thief does not.
+    let (_second, _attached) = mesh.workload(&Name::new("api", "api-2"), API).await;
+    watcher.until("the second endpoint", |it| it.endpoints(API).len() == 4).await;
+    let endpoints: v1::Endpoints = watcher.get(API).unwrap();
+    assert!(endpoints.endpoints.iter().all(|it| !it.workload.contains("thief")));
+    assert_eq!(endpoints.identities, ["spiffe://mesh.internal/ns/default/sa/api"]);
+}
+
+#[tokio::test]
+async fn a_name_belongs_to_the_identity_that_has_it() {
+    let mesh = Fixture::start().await;
+    let (_channel, _attached) = mesh.workload(&Name::new("api", "api-1"), API).await;
+    let channel = mesh.unix().await;
+    let refused = certify(&channel, &mut Credentials::new(), &Name::new("thief", "api-1"), "").await.unwrap_err();
+    assert!(refused.message().contains("the workload name is taken"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_workload_cannot_read_or_speak_for_another() {
+    let mesh = Fixture::start().await;
+    let victim = Name::new("api", "api-1");
+    let (_channel, _attached) = mesh.workload(&victim, API).await;
+    let (token, name) = (mesh.token("thief").await, Name::new("thief", "thief-1"));
+    let (channel, _credentials) = client::join(&token, &name).await.unwrap();
+    let mut discovery = Discovery::open(&channel, &name.uid()).await.unwrap();
+    discovery.subscribe::<v1::Workload>(&[&victim.uid()]).await;
+    discovery.next().await.unwrap();
+    assert!(discovery.get::<v1::Workload>(&victim.uid()).is_none());
+    // Nor by saying that it is the other one.
+    let mut liar = Discovery::open(&channel, &victim.uid()).await.unwrap();
+    liar.subscribe::<v1::Workload>(&[&victim.uid()]).await;
+    assert_eq!(liar.next().await.unwrap_err().code(), tonic::Code::PermissionDenied);
+    let mut attached = client::attach(&channel, client::registration(&victim, API)).await.unwrap();
+    assert!(matches!(attached.notice().await, v1::control_notice::Body::Refused(_)));
+    // An address that nobody granted.
+    let mut claim = client::registration(&name, "default/thief");
+    claim.address = "10.9.8.7".into();
+    let mut attached = client::attach(&channel, claim).await.unwrap();
+    match attached.notice().await {
+        v1::control_notice::Body::Refused(refused) => {
+            assert!(refused.reason.contains("10.9.8.7 is not granted"), "{refused:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn stored_registrations_hold_over_a_restart() {
+    let mesh = Fixture::start().await;
+    let (_channel, attached) = mesh.workload(&Name::new("api", "api-1"), API).await;
+    let mut watcher = mesh.watcher(API).await;
+    watcher.until("the endpoint", |it| it.endpoints(API).len() == 2).await;
+    let mut before = watcher.versions_of::<v1::Endpoints>();
+    let service_ip = {
+        watcher.subscribe::<v1::Service>(&["*"]).await;
+        watcher.until("the service", |it| it.get::<v1::Service>(API).is_some()).await;
+        watcher.get::<v1::Service>(API).unwrap().virtual_ips
+    };
+    let mesh = mesh.restart().await;
+    drop((attached, watcher));
+    let mut watcher = mesh.watcher(API).await;
+    watcher.until("the endpoint", |it| it.endpoints(API).len() == 2).await;
+    let mut after = watcher.versions_of::<v1::Endpoints>();
+    before.sort();
+    after.sort();
+    assert_eq!(before, after, "nothing changed, so versions are the same");
+    watcher.subscribe::<v1::Service>(&["*"]).await;
+    watcher.until("the service", |it| it.get::<v1::Service>(API).is_some()).await;
+    assert_eq!(watcher.get::<v1::Service>(API).unwrap().virtual_ips, service_ip);
+}
