@@ -81,7 +81,8 @@ unit: ## All tests of all crates
 bench: ## Measure Sheer beside Envoy, HAProxy and nginx (see bench/README.md)
 	@scripts/packages bench
 	$(CARGO) build --locked --profile quick -p sheer
-	@bench/run $(ARGS)
+	$(CARGO) build --locked --release --manifest-path bench/tools/Cargo.toml --target-dir bench/tools/target
+	@SHEER=$(TARGET)/quick/sheer python3 bench/run.py $(ARGS)
 
 .PHONY: clean
 clean: ## Remove everything that was built
