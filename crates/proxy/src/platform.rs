@@ -131,7 +131,7 @@ pub struct Birth {
     pub capabilities: u32,
 }
 
-/// Lets the next child of `command` begin as `birth` says.
+/// Lets the next child of `command` begin as `birth` says, with no signal blocked.
 ///
 /// The child fails to start when it cannot take on its account or when its parent has died meanwhile.
 pub fn prepare(command: &mut Command, birth: Birth) {
@@ -142,6 +142,10 @@ pub fn prepare(command: &mut Command, birth: Birth) {
         // SAFETY: Between fork and exec only async-signal-safe calls may be made and nothing may be allocated. These are
         // plain system calls on numbers and on memory that was filled before the fork and lives in this closure.
         unsafe {
+            // Signals that this process takes by descriptor are blocked in it, and would stay so through exec.
+            let mut none = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+            libc::sigemptyset(none.as_mut_ptr());
+            check(libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut()))?;
             if let Some(group) = birth.group {
                 // A group that has vanished is no reason not to start: the child then keeps its parent's.
                 let _ = libc::setpgid(0, group);

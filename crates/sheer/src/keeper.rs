@@ -315,9 +315,17 @@ fn release_streams() -> Result<()> {
 }
 
 fn not_started(program: &OsStr, error: &io::Error, user: Option<u32>) -> FromKeeper {
+    // A directory of the search path that cannot be entered makes exec say "permission denied" of a program that is nowhere.
+    let somewhere = program.as_encoded_bytes().contains(&b'/') || {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).any(|place| place.join(program).exists())
+    };
+    let kind = if somewhere { error.kind() } else { io::ErrorKind::NotFound };
     let program = program.to_string_lossy();
-    let (status, why) = match error.kind() {
-        io::ErrorKind::NotFound => (127, "there is no such program, or not the interpreter it names".to_owned()),
+    let (status, why) = match kind {
+        io::ErrorKind::NotFound => {
+            (127, "there is no such program, or the interpreter that it names is missing".to_owned())
+        }
         io::ErrorKind::PermissionDenied => match user {
             Some(user) => (
                 126,

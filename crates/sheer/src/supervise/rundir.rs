@@ -151,7 +151,9 @@ impl RunDir {
     /// Ends what the record lists and removes all files but the lock.
     fn clean(&self) -> Result<()> {
         if let Ok(record) = read(&self.path) {
-            for process in [record.keeper, record.proxy].into_iter().flatten().filter(|process| process.lives()) {
+            let own = std::process::id().cast_signed();
+            let left = [record.keeper, record.proxy].into_iter().flatten();
+            for process in left.filter(|process| process.pid != own && process.lives()) {
                 // A keeper ends by itself with its supervisor; this is for one that was stopped.
                 let _ =
                     nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid), nix::sys::signal::Signal::SIGKILL);

@@ -39,7 +39,7 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// Takes them from now on. Children begin with none blocked, std sees to that.
+    /// Takes them from now on. Children begin with none blocked, `platform::prepare` sees to that.
     pub(super) fn begin() -> Result<Self> {
         let mask = TAKEN.into_iter().collect::<SigSet>();
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&mask), None)?;
