@@ -14,6 +14,7 @@ pub mod attest;
 pub mod ca;
 pub mod certify;
 pub mod clock;
+pub mod documents;
 mod file;
 pub mod fleet;
 mod listen;
