@@ -1,7 +1,7 @@
 //! From configuration files to what proxies are told.
 //!
 //! [`compile`] reads a whole set of files, checks every resource and what they say about each other, and indexes them.
-//! The functions of [`lower`] then make one wire resource at a time out of the compiled set and the [`Fleet`] of
+//! [`service_of`], [`endpoints_of`], [`routes_of`] then make one wire resource at a time out of it and the [`Fleet`] of
 //! registered workloads, so that a workload that comes or goes costs only its own services.
 
 mod address;
@@ -19,7 +19,6 @@ pub use lower::{
 use crate::diagnostic::Diagnostic;
 use crate::name::{DnsLabel, ServiceName};
 use crate::resource::{Egress, Enrollment, HttpRoute, Kind, Mesh, Place, Service, Workload};
-use crate::wire::v1::Mode;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -85,8 +84,6 @@ pub struct MeshSettings {
     pub certificate_lifetime: Duration,
     /// How long after its expiry a certificate may still be renewed with its own key.
     pub renewal_grace: Duration,
-    /// What workloads enforce whose registration does not say; `Unspecified`: nobody wrote it, and they are strict.
-    pub default_mode: Mode,
     /// Where services' addresses come from.
     pub virtual_ranges: VirtualRanges,
     /// What happens to calls that leave the mesh.
@@ -104,7 +101,6 @@ impl Default for MeshSettings {
             cluster_domain: DEFAULT_DOMAIN.to_owned(),
             certificate_lifetime: DAY,
             renewal_grace: DAY,
-            default_mode: Mode::Unspecified,
             virtual_ranges: VirtualRanges::of(DEFAULT_DOMAIN),
             egress: Egress::Allow,
         }
@@ -123,7 +119,6 @@ impl MeshSettings {
             cluster_domain: mesh.cluster_domain.clone().unwrap_or(default.cluster_domain),
             certificate_lifetime: mesh.certificate_lifetime.unwrap_or(default.certificate_lifetime),
             renewal_grace: mesh.renewal_grace.unwrap_or(default.renewal_grace),
-            default_mode: mesh.default_mode.unwrap_or(default.default_mode),
             virtual_ranges,
             egress: mesh.egress.unwrap_or_default(),
         }

@@ -21,7 +21,7 @@ pub use meta::{Located, Meta, Place};
 pub use service::{Service, ServicePort, Target};
 pub(crate) use value::label as constant_label;
 pub use value::parse_duration;
-pub use workload::{PlaintextException, Workload, WorkloadPort};
+pub use workload::{DEFAULT_NETWORK, PlaintextException, Workload, WorkloadPort};
 
 use crate::diagnostic::Diagnostic;
 use decode::{Cursor, Report, clip};

@@ -164,7 +164,8 @@ impl Set {
         for route in order {
             for parent in &route.parents {
                 let attached = self.compiled.attached.entry(parent.value.service.clone()).or_default();
-                if !attached.contains(&route.meta.name) {
+                // A route's parents are looked at in one go.
+                if attached.last() != Some(&route.meta.name) {
                     attached.push(route.meta.name.clone());
                 }
                 for backend in route.rules.iter().flat_map(|rule| &rule.value.backends) {

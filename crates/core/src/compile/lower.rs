@@ -158,14 +158,12 @@ pub fn routes_of(compiled: &Compiled, fleet: &Fleet, name: &ServiceName) -> Opti
 }
 
 /// What a registered workload was granted: a written Workload of its name decides what it enforces, then its own
-/// registration, then the mesh.
+/// registration.
 pub fn workload_of(compiled: &Compiled, workload: &Registered) -> v1::Workload {
     let written = compiled.workloads.get(&workload.name).filter(|written| written.proxied);
     let effective = fleet::written_over(compiled, workload);
     let workload = effective.as_ref().unwrap_or(workload);
-    // Where nobody says anything nothing is let in by mistake.
-    let modes = [written.and_then(|it| it.mode), Some(workload.mode), Some(compiled.mesh.default_mode)];
-    let mode = modes.into_iter().flatten().find(|mode| *mode != Mode::Unspecified).unwrap_or(Mode::Strict);
+    let mode = mode_of(written, workload);
     let exceptions = written.map(|it| it.exceptions.as_slice()).unwrap_or_default();
     let services = fleet::services_of(compiled, workload);
     v1::Workload {
@@ -196,6 +194,19 @@ pub fn workload_of(compiled: &Compiled, workload: &Registered) -> v1::Workload {
     }
 }
 
+/// A workload that was started to watch has no mesh listener, and one that was not has one: neither becomes the other
+/// while it runs. Where nobody says anything nothing is let in by mistake.
+fn mode_of(written: Option<&Workload>, workload: &Registered) -> Mode {
+    match (workload.mode, written.and_then(|it| it.mode)) {
+        (Mode::Watch, _) => Mode::Watch,
+        (_, Some(Mode::Watch)) => Mode::Permissive,
+        (_, Some(Mode::Strict)) => Mode::Strict,
+        (_, Some(Mode::Permissive)) => Mode::Permissive,
+        (Mode::Unspecified, Some(Mode::Unspecified) | None) => Mode::Strict,
+        (registered @ (Mode::Permissive | Mode::Strict), Some(Mode::Unspecified) | None) => registered,
+    }
+}
+
 /// What its owner should know about a workload that is registered but does not answer as its owner may expect.
 pub fn warnings_for(compiled: &Compiled, records: &impl Records, workload: &Registered) -> Vec<String> {
     let mut warnings = Vec::new();
@@ -210,6 +221,16 @@ pub fn warnings_for(compiled: &Compiled, records: &impl Records, workload: &Regi
         }
     }
     let workload = effective.as_ref().unwrap_or(workload);
+    if let Some(written) = compiled.workloads.get(&workload.name).filter(|written| written.proxied)
+        && let Some(asked) = written.mode
+        && (asked == Mode::Watch) != (workload.mode == Mode::Watch)
+    {
+        let asked = asked.as_str_name().trim_start_matches("MODE_").to_ascii_lowercase();
+        warnings.push(format!(
+            "it does not become {asked}, as the Workload in {} asks, while it runs: start it with --mode {asked}",
+            written.meta.place
+        ));
+    }
     let services = fleet::services_of(compiled, workload);
     if let Some(named) = &workload.service
         && !services.contains(named)

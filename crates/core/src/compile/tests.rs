@@ -1,7 +1,7 @@
 use super::*;
 use crate::identity::SpiffeId;
 use crate::name::DnsLabel;
-use crate::wire::v1::{Health, Hop, Protocol};
+use crate::wire::v1::{Health, Hop, Mode, Protocol};
 use std::net::IpAddr;
 
 /// Addresses by hash, and one pin for every service.
@@ -226,11 +226,6 @@ spec:
 fn a_written_workload_decides_what_is_enforced() {
     let text = r#"
 apiVersion: sheer.dev/v1alpha1
-kind: Mesh
-metadata: {name: mesh}
-spec: {defaultMode: permissive}
----
-apiVersion: sheer.dev/v1alpha1
 kind: Workload
 metadata: {name: web-1}
 spec:
@@ -243,6 +238,15 @@ spec:
     assert_eq!(granted.mode(), Mode::Strict);
     assert_eq!(granted.exceptions[0].cidrs, ["10.0.0.0/8"]);
     assert_eq!(granted.services, ["default/web"]);
-    let other = workload_of(&compiled, &workload(2, "web", "web", &[(8080, Protocol::Http)]));
-    assert_eq!(other.mode(), Mode::Permissive);
+    let mut other = workload(2, "web", "web", &[(8080, Protocol::Http)]);
+    assert_eq!(workload_of(&compiled, &other).mode(), Mode::Strict);
+    other.mode = Mode::Permissive;
+    assert_eq!(workload_of(&compiled, &other).mode(), Mode::Permissive);
+
+    // It was started without a listener for the mesh.
+    let mut watching = workload(1, "web", "web", &[(8080, Protocol::Http)]);
+    watching.mode = Mode::Watch;
+    assert_eq!(workload_of(&compiled, &watching).mode(), Mode::Watch);
+    let warnings = warnings_for(&compiled, &Pinned("web"), &watching);
+    assert!(warnings[0].ends_with("start it with --mode strict"), "{warnings:?}");
 }

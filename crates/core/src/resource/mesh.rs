@@ -3,7 +3,6 @@
 use super::decode::Cursor;
 use super::meta::Meta;
 use crate::identity::check_trust_domain;
-use crate::wire::v1::Mode;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::time::Duration;
 
@@ -20,8 +19,6 @@ pub struct Mesh {
     pub certificate_lifetime: Option<Duration>,
     /// How long after its expiry a certificate may still be renewed with its own key.
     pub renewal_grace: Option<Duration>,
-    /// What workloads enforce that do not say otherwise.
-    pub default_mode: Option<Mode>,
     /// Where services' IPv4 addresses come from.
     pub virtual_v4: Option<Ipv4Net>,
     /// Where services' IPv6 addresses come from.
@@ -50,7 +47,6 @@ pub(super) fn decode(at: Option<&Cursor<'_>>, meta: Meta) -> Option<Mesh> {
         cluster_domain: None,
         certificate_lifetime: None,
         renewal_grace: None,
-        default_mode: None,
         virtual_v4: None,
         virtual_v6: None,
         egress: None,
@@ -62,13 +58,12 @@ pub(super) fn decode(at: Option<&Cursor<'_>>, meta: Meta) -> Option<Mesh> {
         mesh.certificate_lifetime =
             fields.optional("certificateLifetime").and_then(|it| between(&it, MIN_LIFETIME, MAX_LIFETIME));
         mesh.renewal_grace = fields.optional("renewalGrace").and_then(|it| between(&it, Duration::ZERO, MAX_LIFETIME));
-        mesh.default_mode = fields.optional("defaultMode").and_then(|it| it.mode());
         if let Some(at) = fields.optional("virtualRanges") {
             virtual_ranges(&at, &mut mesh);
         }
         let egress = [("allow", Egress::Allow), ("deny", Egress::Deny)];
         mesh.egress = fields.optional("egress").and_then(|it| it.choice(&egress));
-        fields.not_yet(&["defaultAuthorization"]);
+        fields.not_yet(&["defaultAuthorization", "defaultMode"]);
         Some(())
     })?;
     Some(mesh)

@@ -15,7 +15,7 @@ pub struct Workload {
     pub meta: Meta,
     /// Where peers dial it.
     pub addresses: Vec<IpAddr>,
-    /// The network that the addresses belong to; empty for the one network.
+    /// The network that the addresses belong to.
     pub network: String,
     /// Its ports.
     pub ports: Vec<WorkloadPort>,
@@ -55,6 +55,8 @@ pub struct PlaintextException {
     pub reason: String,
 }
 
+/// The network of addresses for which none is written.
+pub const DEFAULT_NETWORK: &str = "default";
 const MAX_PORTS: usize = 100;
 const MAX_ADDRESSES: usize = 16;
 const MAX_EXCEPTIONS: usize = 64;
@@ -97,7 +99,7 @@ pub(super) fn decode(at: &Cursor<'_>, meta: Meta) -> Option<Workload> {
 }
 
 fn network(fields: &mut Object<'_>) -> String {
-    fields.optional("network").and_then(|it| it.label()).map(|it| it.to_string()).unwrap_or_default()
+    fields.optional("network").and_then(|it| it.label()).map_or_else(|| DEFAULT_NETWORK.to_owned(), |it| it.to_string())
 }
 
 fn addresses(at: &Cursor<'_>) -> Vec<IpAddr> {
