@@ -34,6 +34,9 @@ const CONNECT: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The largest message that is taken: an index of many thousand services in one response.
+pub(crate) const MAX_MESSAGE: usize = 64 << 20;
+
 /// Where a control plane is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Address {
@@ -80,6 +83,9 @@ impl fmt::Display for Address {
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
+    /// No control plane is named.
+    #[error("no control plane is named: give --control unix:PATH or HOST:PORT, or a join token")]
+    NoAddress,
     /// Nothing answers there.
     #[error(
         "no control plane answers at {address} ({source}); start one with `sheer up` or `sheer control`, or mend --control"

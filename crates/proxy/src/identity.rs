@@ -11,7 +11,7 @@ mod held;
 pub use held::Held;
 
 use crate::control::clients::identity_client::IdentityClient;
-use crate::control::{Address, AddressError, DialError, Trust, dial};
+use crate::control::{Address, DialError, Trust, dial};
 use crate::metrics::Metrics;
 use crate::state::{Directory, IDENTITY, StateError};
 use crate::upstream::tls::{Credentials, TlsError};
@@ -25,7 +25,7 @@ use sheer_core::wire::v1;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, watch};
 use tonic::Code;
 
 /// How often the wall clock is looked at.
@@ -44,12 +44,6 @@ const LAST_PAUSE_WITHOUT: Duration = Duration::from_secs(2);
 /// Why there is no certificate.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    /// No control plane is named.
-    #[error("no control plane is named: give --control unix:PATH or HOST:PORT, or a join token")]
-    NoControl,
-    /// An address cannot be read.
-    #[error(transparent)]
-    Address(#[from] AddressError),
     /// No connection.
     #[error(transparent)]
     Dial(#[from] DialError),
@@ -121,14 +115,14 @@ impl IdentityError {
     /// True when another attempt will end in the same way unless somebody mends something.
     fn is_final(&self) -> bool {
         match self {
-            IdentityError::NoControl
-            | IdentityError::Address(_)
-            | IdentityError::TokenFile { .. }
+            IdentityError::TokenFile { .. }
             | IdentityError::Token { .. }
             | IdentityError::Refused { .. }
             | IdentityError::Other { .. }
             | IdentityError::Key(_)
-            | IdentityError::Dial(DialError::NoToken { .. } | DialError::Forbidden { .. }) => true,
+            | IdentityError::Dial(DialError::NoAddress | DialError::NoToken { .. } | DialError::Forbidden { .. }) => {
+                true
+            }
             IdentityError::Dial(_)
             | IdentityError::Failed { .. }
             | IdentityError::Certificate { .. }
@@ -159,7 +153,8 @@ pub struct Keeper {
     stored: Stored,
     held: watch::Sender<Option<Arc<Held>>>,
     published: Arc<ArcSwapOption<Credentials>>,
-    trust: mpsc::Receiver<v1::TrustBundle>,
+    trust: watch::Receiver<Option<v1::TrustBundle>>,
+    renew: Arc<Notify>,
     metrics: Arc<Metrics>,
     now: fn() -> SystemTime,
 }
@@ -171,12 +166,14 @@ impl Keeper {
         wanted: Wanted,
         directory: Directory,
         published: Arc<ArcSwapOption<Credentials>>,
-        trust: mpsc::Receiver<v1::TrustBundle>,
+        trust: watch::Receiver<Option<v1::TrustBundle>>,
         metrics: Arc<Metrics>,
     ) -> Self {
         let (held, _) = watch::channel(None);
         let stored = Stored::default();
-        let mut keeper = Self { wanted, directory, stored, held, published, trust, metrics, now: SystemTime::now };
+        let renew = Arc::new(Notify::new());
+        let mut keeper =
+            Self { wanted, directory, stored, held, published, trust, renew, metrics, now: SystemTime::now };
         keeper.load();
         keeper
     }
@@ -186,12 +183,18 @@ impl Keeper {
         self.held.subscribe()
     }
 
+    /// Asks for a certificate at once, where a control plane does not know this one.
+    pub fn renew(&self) -> Arc<Notify> {
+        self.renew.clone()
+    }
+
     /// Gets a certificate and keeps it valid. Returns only when there is none and trying again is no use. Cancel safe:
     /// what was received and not stored is asked for again with the same key.
     pub async fn run(mut self) -> IdentityError {
         let mut failures = 0;
         let mut next = (self.now)();
         let mut before = next;
+        let mut wanted = false;
         loop {
             let now = (self.now)();
             let jumped = now.duration_since(before).map_or(true, |passed| passed > 5 * TICK);
@@ -200,13 +203,16 @@ impl Keeper {
                 next = now;
             }
             let held = self.held.borrow().clone();
-            if held.as_ref().is_none_or(|held| now >= held.renew_at()) && now >= next {
+            if (wanted || held.as_ref().is_none_or(|held| now >= held.renew_at())) && now >= next {
                 match self.certify().await {
-                    Ok(()) => failures = 0,
+                    Ok(()) => {
+                        (failures, wanted) = (0, false);
+                        next = now + LAST_PAUSE_WITHOUT;
+                    }
                     Err(error) if held.is_none() && error.is_final() => return error,
                     Err(error) => {
                         failures += 1;
-                        if failures == 1 || failures % 10 == 0 {
+                        if failures == 1 || u32::is_multiple_of(failures, 10) {
                             tracing::warn!("{error}");
                         }
                         let valid = held.as_ref().is_some_and(|held| now < held.not_after());
@@ -218,7 +224,13 @@ impl Keeper {
             // Both arms may be dropped: a sleep holds nothing, and receiving is cancel safe.
             tokio::select! {
                 () = tokio::time::sleep(wait.max(Duration::from_millis(10))) => {}
-                Some(bundle) = self.trust.recv() => self.adopt(bundle).await,
+                Ok(()) = self.trust.changed() => {
+                    let bundle = self.trust.borrow_and_update().clone();
+                    if let Some(bundle) = bundle {
+                        wanted |= self.adopt(bundle).await;
+                    }
+                }
+                () = self.renew.notified() => wanted = true,
             }
         }
     }
@@ -256,15 +268,22 @@ impl Keeper {
         Ok(held)
     }
 
-    /// Takes a changed trust bundle from the control plane.
-    async fn adopt(&mut self, bundle: v1::TrustBundle) {
+    /// Takes a changed trust bundle from the control plane. True when the own certificate does not hold under it: the
+    /// control plane has begun anew, and issues another.
+    async fn adopt(&mut self, bundle: v1::TrustBundle) -> bool {
         let current = self.stored.trust.as_ref();
         if current == Some(&bundle) || current.is_some_and(|it| it.trust_domain != bundle.trust_domain) {
-            return;
+            return false;
         }
         match self.publish(Stored { trust: Some(bundle), ..self.stored.clone() }) {
-            Ok(_) => self.save().await,
-            Err(error) => tracing::warn!(%error, "the control plane's trust bundle cannot be used"),
+            Ok(held) => {
+                self.save().await;
+                !held.is_rooted()
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the control plane's trust bundle cannot be used");
+                false
+            }
         }
     }
 
@@ -283,7 +302,9 @@ impl Keeper {
         let has_own = own.is_some();
         match self.ask_each(own).await {
             // The own certificate is no use any more; a token may be.
-            Err(error @ IdentityError::Refused { .. }) if has_own => {
+            Err(error @ (IdentityError::Refused { .. } | IdentityError::Dial(DialError::Untrusted { .. })))
+                if has_own =>
+            {
                 if self.wanted.token_file.is_none() {
                     return Err(error);
                 }
@@ -320,7 +341,7 @@ impl Keeper {
         } else {
             addresses.extend(known);
         }
-        let mut last = IdentityError::NoControl;
+        let mut last = IdentityError::Dial(DialError::NoAddress);
         let mut asked: Vec<Address> = Vec::new();
         for address in addresses {
             if asked.contains(&address) {

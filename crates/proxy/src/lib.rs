@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod plan;
 pub mod platform;
 pub mod state;
+pub mod sync;
 pub mod tcp;
 #[cfg(test)]
 mod testing;

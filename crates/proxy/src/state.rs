@@ -144,6 +144,20 @@ pub struct Configuration {
     /// The resources, with their names, versions and encoded content.
     #[prost(message, repeated, tag = "1")]
     pub resources: Vec<discovery::Resource>,
+    /// What the control plane said does not exist.
+    #[prost(message, repeated, tag = "2")]
+    pub absent: Vec<Absent>,
+}
+
+/// A resource that was asked for by name and does not exist.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Absent {
+    /// Its type.
+    #[prost(string, tag = "1")]
+    pub type_url: String,
+    /// Its name.
+    #[prost(string, tag = "2")]
+    pub name: String,
 }
 
 impl Configuration {
@@ -214,7 +228,10 @@ mod tests {
         assert!(Configuration::load(&directory).is_none());
         std::fs::write(directory.0.join(CONFIGURATION), b"junk").unwrap();
         assert!(Configuration::load(&directory).is_none());
-        let kept = Configuration { resources: vec![discovery::Resource { name: "n".into(), ..Default::default() }] };
+        let kept = Configuration {
+            resources: vec![discovery::Resource { name: "n".into(), ..Default::default() }],
+            absent: vec![Absent { type_url: "t".into(), name: "n".into() }],
+        };
         directory.save(CONFIGURATION, &kept.encode_to_vec()).unwrap();
         assert_eq!(Configuration::load(&directory), Some(kept));
     }

@@ -94,6 +94,19 @@ impl Fake {
         (Address::Unix(path.to_owned()), Running(tokio::spawn(serving)))
     }
 
+    /// Tells a resource from now on.
+    pub(crate) fn put(&self, resource: Resource) {
+        let kind = resource.resource.as_ref().unwrap().type_url.clone();
+        self.script.lock().resources.insert((kind, resource.name.clone()), resource);
+        self.changed.send_modify(|it| *it += 1);
+    }
+
+    /// Removes one.
+    pub(crate) fn remove(&self, kind: &str, name: &str) {
+        self.script.lock().resources.remove(&(kind.to_owned(), name.to_owned()));
+        self.changed.send_modify(|it| *it += 1);
+    }
+
     pub(crate) fn trust(&self) -> v1::TrustBundle {
         v1::TrustBundle { trust_domain: "mesh.internal".into(), roots: vec![self.ca.2.clone()], ..Default::default() }
     }

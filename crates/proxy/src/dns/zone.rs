@@ -1,6 +1,6 @@
 //! The names that the mesh answers for, made from the index of all services alone.
 
-use sheer_core::wire::v1;
+use sheer_core::snapshot::Service;
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -38,11 +38,11 @@ pub enum Lookup<'a> {
 impl Zone {
     /// The names of these services in a mesh whose names end in `domain`. Where two services claim a host name, the
     /// first by namespace and name has it.
-    pub fn new<'a>(domain: &str, services: impl IntoIterator<Item = &'a v1::Service>) -> Self {
+    pub fn new<'a>(domain: &str, services: impl IntoIterator<Item = &'a Service>) -> Self {
         let domain = domain.trim_end_matches('.').to_ascii_lowercase();
         let mut zone = Self { domain, ..Self::default() };
         let mut services: Vec<_> = services.into_iter().collect();
-        services.sort_unstable_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        services.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         for service in services {
             let addresses = addresses_of(service);
             for host in &service.hosts {
@@ -92,50 +92,39 @@ impl Zone {
     }
 }
 
-fn addresses_of(service: &v1::Service) -> Addresses {
+fn addresses_of(service: &Service) -> Addresses {
     let mut addresses = Addresses::default();
-    for bytes in &service.virtual_ips {
-        match address(bytes) {
-            Some(IpAddr::V4(v4)) => addresses.v4.push(v4),
-            Some(IpAddr::V6(v6)) => addresses.v6.push(v6),
-            None => {}
+    for address in &service.addresses {
+        match address {
+            IpAddr::V4(v4) => addresses.v4.push(*v4),
+            IpAddr::V6(v6) => addresses.v6.push(*v6),
         }
     }
     addresses
 }
 
-fn address(bytes: &[u8]) -> Option<IpAddr> {
-    match bytes.len() {
-        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
-        16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use sheer_core::name::ServiceName;
+    use std::sync::Arc;
 
-    pub(crate) fn service(namespace: &str, name: &str, extra: &[&str], ips: &[&[u8]]) -> v1::Service {
-        let mut hosts = vec![format!("{name}.{namespace}.svc.mesh.internal")];
-        hosts.extend(extra.iter().map(|&it| it.to_owned()));
-        v1::Service {
-            namespace: namespace.into(),
-            name: name.into(),
-            hosts,
-            virtual_ips: ips.iter().map(|ip| ip.to_vec().into()).collect(),
-            ..Default::default()
-        }
+    pub(crate) fn service(name: &str, extra: &[&str], addresses: &[&str]) -> Service {
+        let name = ServiceName::parse(name).unwrap();
+        let mut hosts: Vec<Arc<str>> = vec![name.host("mesh.internal").into()];
+        hosts.extend(extra.iter().map(|&it| Arc::from(it)));
+        let addresses = addresses.iter().map(|it| it.parse().unwrap()).collect();
+        Service { name, hosts, addresses, ports: vec![] }
     }
 
     #[test]
     fn names() {
         let services = [
-            service("default", "api", &["api.example.com"], &[&[240, 0, 0, 1], &[0xfd; 16]]),
-            service("shop", "cart", &[], &[&[240, 0, 0, 2], &[1, 2, 3]]),
+            service("default/api", &["api.example.com"], &["240.0.0.1", "fd00::1"]),
+            service("shop/cart", &[], &["240.0.0.2"]),
         ];
         let zone = Zone::new("Mesh.Internal.", &services);
-        let api = Addresses { v4: vec![Ipv4Addr::new(240, 0, 0, 1)], v6: vec![Ipv6Addr::from([0xfd; 16])] };
+        let api = Addresses { v4: vec![Ipv4Addr::new(240, 0, 0, 1)], v6: vec!["fd00::1".parse().unwrap()] };
         let cart = Addresses { v4: vec![Ipv4Addr::new(240, 0, 0, 2)], v6: vec![] };
         for (name, expected) in [
             ("api.default.svc.mesh.internal", Lookup::Found(&api)),
@@ -164,10 +153,8 @@ pub(crate) mod tests {
 
     #[test]
     fn the_first_claimant_of_a_host_name_has_it() {
-        let services = [
-            service("b", "x", &["shared.example"], &[&[240, 0, 0, 2]]),
-            service("a", "x", &["shared.example"], &[&[240, 0, 0, 1]]),
-        ];
+        let services =
+            [service("b/x", &["shared.example"], &["240.0.0.2"]), service("a/x", &["shared.example"], &["240.0.0.1"])];
         let zone = Zone::new("mesh.internal", &services);
         let first = Addresses { v4: vec![Ipv4Addr::new(240, 0, 0, 1)], v6: vec![] };
         assert_eq!(zone.lookup("shared.example"), Lookup::Found(&first));

@@ -5,7 +5,7 @@ use crate::control::Trust;
 use crate::upstream::tls::{Credentials, TlsError};
 use prost::Message;
 use rand::Rng;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime};
 use sheer_core::identity::SpiffeId;
 use sheer_core::wire::v1;
 use std::sync::Arc;
@@ -122,6 +122,18 @@ impl Held {
     /// Whether it is valid at this time.
     pub fn holds_at(&self, now: SystemTime) -> bool {
         (self.not_before..self.not_after).contains(&now)
+    }
+
+    /// Whether the certificate was issued under the trust domain's roots. Its time is not looked at.
+    pub(super) fn is_rooted(&self) -> bool {
+        let anchors: Vec<_> = self.roots.iter().filter_map(|it| webpki::anchor_from_trusted_cert(it).ok()).collect();
+        let Some((leaf, above)) = self.chain.split_first() else { return false };
+        let Ok(leaf) = webpki::EndEntityCert::try_from(leaf) else { return false };
+        let algorithms = rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.all;
+        let within =
+            self.not_after.duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(Duration::from_secs(1));
+        let (now, usage) = (UnixTime::since_unix_epoch(within), webpki::KeyUsage::client_auth());
+        leaf.verify_for_usage(algorithms, &anchors, above, now, usage, None, None).is_ok()
     }
 
     /// How the control plane is recognised with it.

@@ -6,26 +6,25 @@ struct Scene {
     directory: tempfile::TempDir,
     fake: Fake,
     published: Arc<ArcSwapOption<Credentials>>,
-    trust: mpsc::Sender<v1::TrustBundle>,
-    trusts: Option<mpsc::Receiver<v1::TrustBundle>>,
+    trust: watch::Sender<Option<v1::TrustBundle>>,
 }
 
 impl Scene {
     fn new() -> Self {
-        let (trust, trusts) = mpsc::channel(1);
+        let trust = watch::channel(None).0;
         let directory = tempfile::tempdir().unwrap();
-        Self { directory, fake: Fake::new(), published: Arc::default(), trust, trusts: Some(trusts) }
+        Self { directory, fake: Fake::new(), published: Arc::default(), trust }
     }
 
     fn socket(&self) -> PathBuf {
         self.directory.path().join("control.sock")
     }
 
-    fn keeper(&mut self) -> Keeper {
+    fn keeper(&self) -> Keeper {
         self.keeper_of("default", "web")
     }
 
-    fn keeper_of(&mut self, namespace: &str, account: &str) -> Keeper {
+    fn keeper_of(&self, namespace: &str, account: &str) -> Keeper {
         let wanted = Wanted {
             namespace: namespace.into(),
             service_account: account.into(),
@@ -34,8 +33,7 @@ impl Scene {
             token_file: None,
         };
         let directory = Directory::open(&self.directory.path().join("state")).unwrap();
-        let trusts = self.trusts.take().unwrap_or_else(|| mpsc::channel(1).1);
-        Keeper::new(wanted, directory, self.published.clone(), trusts, Arc::default())
+        Keeper::new(wanted, directory, self.published.clone(), self.trust.subscribe(), Arc::default())
     }
 
     fn certified(&self) -> usize {
@@ -54,7 +52,7 @@ async fn until(mut condition: impl FnMut() -> bool) {
 
 #[tokio::test]
 async fn a_certificate_is_got_kept_and_found_again() {
-    let mut scene = Scene::new();
+    let scene = Scene::new();
     let keeper = scene.keeper();
     let mut held = keeper.held();
     let task = tokio::spawn(keeper.run());
@@ -85,7 +83,7 @@ async fn a_certificate_is_got_kept_and_found_again() {
 
 #[tokio::test]
 async fn it_is_renewed_with_the_same_key_before_it_ends() {
-    let mut scene = Scene::new();
+    let scene = Scene::new();
     scene.fake.script.lock().lifetime = Duration::from_secs(3);
     let (_, _running) = scene.fake.serve(&scene.socket());
     let keeper = scene.keeper();
@@ -109,7 +107,7 @@ use x509_parser::prelude::FromDer;
 
 #[tokio::test]
 async fn an_ended_certificate_is_renewed_at_once_after_a_sleep() {
-    let mut scene = Scene::new();
+    let scene = Scene::new();
     scene.fake.script.lock().lifetime = Duration::from_secs(3600);
     let (_, running) = scene.fake.serve(&scene.socket());
     let keeper = scene.keeper();
@@ -135,7 +133,7 @@ async fn an_ended_certificate_is_renewed_at_once_after_a_sleep() {
 
 #[tokio::test]
 async fn a_refusal_is_passed_on_in_the_control_planes_words() {
-    let mut scene = Scene::new();
+    let scene = Scene::new();
     scene.fake.script.lock().refuse = Some(tonic::Status::unauthenticated("the token was used already"));
     let (_, _running) = scene.fake.serve(&scene.socket());
     let error = scene.keeper().run().await.to_string();
@@ -148,7 +146,7 @@ async fn a_refusal_is_passed_on_in_the_control_planes_words() {
 
 #[tokio::test]
 async fn a_refused_renewal_keeps_the_certificate_in_use() {
-    let mut scene = Scene::new();
+    let scene = Scene::new();
     scene.fake.script.lock().lifetime = Duration::from_secs(4);
     let (_, _running) = scene.fake.serve(&scene.socket());
     let keeper = scene.keeper();
@@ -163,7 +161,7 @@ async fn a_refused_renewal_keeps_the_certificate_in_use() {
 
 #[tokio::test]
 async fn a_changed_trust_bundle_is_adopted_and_a_foreign_one_not() {
-    let mut scene = Scene::new();
+    let scene = Scene::new();
     let (_, _running) = scene.fake.serve(&scene.socket());
     let keeper = scene.keeper();
     let mut held = keeper.held();
@@ -172,16 +170,35 @@ async fn a_changed_trust_bundle_is_adopted_and_a_foreign_one_not() {
     let before = scene.published.load_full().unwrap();
     let mut bundle = scene.fake.trust();
     bundle.roots.push(Fake::new().trust().roots[0].clone());
-    scene.trust.send(v1::TrustBundle { trust_domain: "other".into(), ..bundle.clone() }).await.unwrap();
-    scene.trust.send(bundle).await.unwrap();
+    scene.trust.send_replace(Some(v1::TrustBundle { trust_domain: "other".into(), ..bundle.clone() }));
+    tokio::task::yield_now().await;
+    assert!(scene.published.load_full().is_some_and(|now| Arc::ptr_eq(&now, &before)));
+    scene.trust.send_replace(Some(bundle));
     until(|| scene.published.load_full().is_some_and(|now| !Arc::ptr_eq(&now, &before))).await;
     assert_eq!(held.borrow().as_ref().map(|it| it.stored().trust.as_ref().map_or(0, |it| it.roots.len())), Some(2));
     task.abort();
 }
 
 #[tokio::test]
+async fn under_new_roots_another_certificate_is_asked_for() {
+    let scene = Scene::new();
+    let (_, running) = scene.fake.serve(&scene.socket());
+    let keeper = scene.keeper();
+    let mut held = keeper.held();
+    let task = tokio::spawn(keeper.run());
+    held.wait_for(Option::is_some).await.unwrap();
+    drop(running);
+    // The control plane lost its state and began anew, with the same name.
+    let anew = Fake::new();
+    let (_, _running) = anew.serve(&scene.socket());
+    scene.trust.send_replace(Some(anew.trust()));
+    until(|| held.borrow().as_ref().is_some_and(|it| it.is_rooted() && it.stored().trust == Some(anew.trust()))).await;
+    task.abort();
+}
+
+#[tokio::test]
 async fn a_token_that_cannot_be_used_is_explained() {
-    let mut scene = Scene::new();
+    let scene = Scene::new();
     let mut keeper = scene.keeper();
     let path = scene.directory.path().join("token");
     keeper.wanted.token_file = Some(path.clone());

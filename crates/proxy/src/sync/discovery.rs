@@ -1,0 +1,149 @@
+//! One discovery stream: subscriptions, resumption, acknowledgements, refusals.
+
+use super::demand::Want;
+use super::view::{Kind, View};
+use super::{Lost, Saver, Waiters};
+use crate::control::MAX_MESSAGE;
+use crate::control::clients::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use prost::Message;
+use sheer_core::name::ServiceName;
+use sheer_core::wire::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
+use sheer_core::wire::{FEATURES, rpc, v1};
+use std::collections::BTreeSet;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+
+/// Requests that may wait: one acknowledgement for each type, and subscriptions.
+const QUEUE: usize = 64;
+
+/// What a stream works with.
+pub(super) struct Discovery<'a> {
+    pub(super) view: &'a mut View,
+    pub(super) wants: &'a mut mpsc::Receiver<Want>,
+    pub(super) waiters: &'a mut Waiters,
+    pub(super) saver: &'a mut Saver,
+    pub(super) ready: &'a watch::Sender<bool>,
+}
+
+impl Discovery<'_> {
+    /// Follows the control plane until the stream ends.
+    pub(super) async fn follow(self, channel: Channel, uid: &str) -> Lost {
+        let (requests, outgoing) = mpsc::channel(QUEUE);
+        let mut stream = Requests { requests, asked: BTreeSet::new() };
+        for kind in [Kind::Mesh, Kind::TrustBundle, Kind::Service] {
+            stream.begin(kind, vec!["*".to_owned()], self.view, uid).await;
+        }
+        stream.begin(Kind::Workload, vec![uid.to_owned()], self.view, uid).await;
+        stream.subscribe(self.view, uid).await;
+        let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+        let mut responses = match client.delta_aggregated_resources(ReceiverStream::new(outgoing)).await {
+            Ok(responses) => responses.into_inner(),
+            Err(status) => return Lost::from(status),
+        };
+        loop {
+            // Each arm may be dropped: receiving is cancel safe, and the saver keeps what is due.
+            tokio::select! {
+                response = responses.message() => match response {
+                    Ok(Some(response)) => {
+                        stream.answer(self.view, response).await;
+                        self.waiters.tell(self.view);
+                        self.saver.note_change();
+                        if self.view.is_ready() && !*self.ready.borrow() {
+                            self.ready.send_replace(true);
+                        }
+                    }
+                    Ok(None) => return Lost::Ended,
+                    Err(status) => return Lost::from(status),
+                },
+                Some(want) = self.wants.recv() => self.waiters.add(self.view, want),
+                () = self.saver.due() => self.saver.save(self.view),
+            }
+            stream.subscribe(self.view, uid).await;
+        }
+    }
+}
+
+/// The requests of one stream.
+struct Requests {
+    requests: mpsc::Sender<DeltaDiscoveryRequest>,
+    asked: BTreeSet<ServiceName>,
+}
+
+impl Requests {
+    /// The first request of a type on this stream: what is wanted, and what is held already.
+    async fn begin(&self, kind: Kind, names: Vec<String>, view: &View, uid: &str) {
+        let mut versions = view.versions(kind);
+        if kind.is_on_demand() {
+            versions.retain(|name, _| names.contains(name));
+        }
+        let node = Node {
+            id: uid.to_owned(),
+            user_agent_name: format!("sheer/{}", env!("CARGO_PKG_VERSION")),
+            client_features: FEATURES.iter().map(|&it| it.to_owned()).collect(),
+            ..Default::default()
+        };
+        self.send(DeltaDiscoveryRequest {
+            node: Some(node),
+            type_url: kind.type_url().to_owned(),
+            resource_names_subscribe: names,
+            initial_resource_versions: versions,
+            ..Default::default()
+        })
+        .await;
+    }
+
+    /// Subscribes to the endpoints and routes of what is wanted by now.
+    async fn subscribe(&mut self, view: &View, uid: &str) {
+        let new: Vec<ServiceName> = view.wanted().difference(&self.asked).cloned().collect();
+        if new.is_empty() {
+            return;
+        }
+        let names: Vec<String> = new.iter().map(ServiceName::to_string).collect();
+        for kind in [Kind::Endpoints, Kind::Routes] {
+            if self.asked.is_empty() {
+                self.begin(kind, names.clone(), view, uid).await;
+            } else {
+                self.send(DeltaDiscoveryRequest {
+                    type_url: kind.type_url().to_owned(),
+                    resource_names_subscribe: names.clone(),
+                    ..Default::default()
+                })
+                .await;
+            }
+        }
+        self.asked.extend(new);
+    }
+
+    /// Applies a response and acknowledges it, with what was refused.
+    async fn answer(&self, view: &mut View, response: DeltaDiscoveryResponse) {
+        let (type_url, nonce) = (response.type_url.clone(), response.nonce.clone());
+        // A type that was never asked for is acknowledged and ignored.
+        let refused = match Kind::of(&type_url) {
+            Some(kind) => view.apply(kind, response),
+            None => Vec::new(),
+        };
+        for v1::Refused { name, reason, place, .. } in &refused {
+            tracing::warn!(type_url, name, place, reason, "a resource is refused; the one before it stays in force");
+        }
+        let error_detail = (!refused.is_empty()).then(|| refusal(&refused));
+        self.send(DeltaDiscoveryRequest { type_url, response_nonce: nonce, error_detail, ..Default::default() }).await;
+    }
+
+    async fn send(&self, request: DeltaDiscoveryRequest) {
+        // When the stream has ended, its other half says so.
+        let _ = self.requests.send(request).await;
+    }
+}
+
+fn refusal(refused: &[v1::Refused]) -> rpc::Status {
+    let detail = |it: &v1::Refused| prost_types::Any {
+        type_url: "type.googleapis.com/sheer.v1.Refused".to_owned(),
+        value: it.encode_to_vec(),
+    };
+    rpc::Status {
+        code: tonic::Code::InvalidArgument.into(),
+        message: format!("{} of the resources were refused, the others are applied", refused.len()),
+        details: refused.iter().map(detail).collect(),
+    }
+}

@@ -1,0 +1,318 @@
+//! The resources that this proxy holds, and what follows from them: snapshot, endpoints, names.
+//!
+//! A resource that cannot be taken is refused alone: the one before it stays in force, and what came with it is applied.
+
+use crate::dns::Zone;
+use crate::metrics::Metrics;
+use crate::state::{Absent, Configuration};
+use crate::upstream::endpoint::Table;
+use arc_swap::ArcSwap;
+use sheer_core::assemble::{self, Refusal};
+use sheer_core::name::{DnsLabel, ServiceName};
+use sheer_core::snapshot::{EndpointSet, Snapshot};
+use sheer_core::wire::discovery::{DeltaDiscoveryResponse, Resource};
+use sheer_core::wire::{Resource as _, v1, version_of};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// A type of resource.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Kind {
+    Mesh,
+    TrustBundle,
+    Workload,
+    Service,
+    Endpoints,
+    Routes,
+}
+
+impl Kind {
+    /// In the order in which they are applied from disk: the mesh before what is read with it.
+    pub(super) const ALL: [Kind; 6] =
+        [Kind::Mesh, Kind::TrustBundle, Kind::Workload, Kind::Service, Kind::Endpoints, Kind::Routes];
+
+    pub(super) const fn type_url(self) -> &'static str {
+        match self {
+            Kind::Mesh => v1::Mesh::TYPE_URL,
+            Kind::TrustBundle => v1::TrustBundle::TYPE_URL,
+            Kind::Workload => v1::Workload::TYPE_URL,
+            Kind::Service => v1::Service::TYPE_URL,
+            Kind::Endpoints => v1::Endpoints::TYPE_URL,
+            Kind::Routes => v1::Routes::TYPE_URL,
+        }
+    }
+
+    pub(super) fn of(type_url: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.type_url() == type_url)
+    }
+
+    /// Whether it is asked for by name when a service is first used.
+    pub(super) const fn is_on_demand(self) -> bool {
+        matches!(self, Kind::Endpoints | Kind::Routes)
+    }
+}
+
+/// Where the results go.
+#[derive(Clone)]
+pub struct Outputs {
+    /// What workers decide with.
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+    /// The endpoints of services in use.
+    pub endpoints: Arc<Table>,
+    /// The names that DNS answers for.
+    pub zone: Arc<ArcSwap<Zone>>,
+    /// Grows after every change of the above.
+    pub changed: Arc<watch::Sender<u64>>,
+    /// The trust bundle, when there is one.
+    pub trust: Arc<watch::Sender<Option<v1::TrustBundle>>>,
+    /// Where refusals are counted.
+    pub metrics: Arc<Metrics>,
+}
+
+/// All resources. See the module.
+pub(super) struct View {
+    outputs: Outputs,
+    snapshot: Snapshot,
+    resources: BTreeMap<(Kind, String), Resource>,
+    /// On-demand names of which the control plane said that there is none.
+    absent: BTreeSet<(Kind, String)>,
+    /// Services whose endpoints and routes are wanted.
+    wanted: BTreeSet<ServiceName>,
+    indexed: bool,
+}
+
+impl View {
+    pub(super) fn new(namespace: DnsLabel, outputs: Outputs) -> Self {
+        Self {
+            snapshot: Snapshot::new(namespace),
+            resources: BTreeMap::new(),
+            absent: BTreeSet::new(),
+            wanted: BTreeSet::new(),
+            indexed: false,
+            outputs,
+        }
+    }
+
+    /// Takes what was stored.
+    pub(super) fn restore(&mut self, configuration: Configuration) {
+        let mut by_kind: BTreeMap<Kind, Vec<Resource>> = BTreeMap::new();
+        for resource in configuration.resources {
+            let kind = resource.resource.as_ref().and_then(|any| Kind::of(&any.type_url));
+            if let Some(kind) = kind {
+                by_kind.entry(kind).or_default().push(resource);
+            }
+        }
+        for (kind, resources) in by_kind {
+            for refused in self.apply(kind, DeltaDiscoveryResponse { resources, ..Default::default() }) {
+                tracing::warn!(name = refused.name, reason = refused.reason, "a stored resource is not used");
+            }
+        }
+        for absent in configuration.absent {
+            if let Some(kind) = Kind::of(&absent.type_url).filter(|kind| kind.is_on_demand()) {
+                self.remove(kind, &absent.name);
+            }
+        }
+        let used = self.resources.keys().chain(&self.absent).filter(|(kind, _)| *kind == Kind::Endpoints);
+        let used: Vec<_> = used.filter_map(|(_, name)| ServiceName::parse(name).ok()).collect();
+        self.wanted.extend(used);
+        // A mesh without services was stored, too.
+        self.indexed = self.holds(Kind::Mesh);
+        self.publish(true);
+    }
+
+    /// What is to be stored.
+    pub(super) fn configuration(&self) -> Configuration {
+        let absent = self.absent.iter();
+        let absent = absent.map(|(kind, name)| Absent { type_url: kind.type_url().into(), name: name.clone() });
+        Configuration { resources: self.resources.values().cloned().collect(), absent: absent.collect() }
+    }
+
+    /// Whether the proxy may serve: mesh, own workload and the index of services are there.
+    pub(super) fn is_ready(&self) -> bool {
+        self.indexed && self.snapshot.workload().is_some() && self.holds(Kind::Mesh)
+    }
+
+    fn holds(&self, kind: Kind) -> bool {
+        self.resources.keys().any(|(it, _)| *it == kind)
+    }
+
+    /// Wants a service from now on.
+    pub(super) fn want(&mut self, service: ServiceName) {
+        self.wanted.insert(service);
+    }
+
+    /// The services that are wanted.
+    pub(super) fn wanted(&self) -> &BTreeSet<ServiceName> {
+        &self.wanted
+    }
+
+    /// Whether the endpoints and routes of a service are there, or known not to exist.
+    pub(super) fn is_answered(&self, service: &ServiceName) -> bool {
+        let name = service.to_string();
+        [Kind::Endpoints, Kind::Routes].into_iter().all(|kind| {
+            let key = (kind, name.clone());
+            self.resources.contains_key(&key) || self.absent.contains(&key)
+        })
+    }
+
+    /// Names and versions of what is held of a type.
+    pub(super) fn versions(&self, kind: Kind) -> BTreeMap<String, String> {
+        let held = self.resources.iter().filter(|((it, _), _)| *it == kind);
+        held.map(|((_, name), resource)| (name.clone(), resource.version.clone())).collect()
+    }
+
+    /// Applies a response; returns what was refused of it.
+    pub(super) fn apply(&mut self, kind: Kind, response: DeltaDiscoveryResponse) -> Vec<v1::Refused> {
+        let cluster_domain = self.snapshot.mesh().cluster_domain.clone();
+        let mut refused = Vec::new();
+        for resource in response.resources {
+            let key = (kind, resource.name.clone());
+            match self.take(kind, &resource) {
+                Ok(()) => {
+                    self.absent.remove(&key);
+                    self.resources.insert(key, resource);
+                }
+                Err(refusal) => {
+                    self.outputs.metrics.resource_refused();
+                    if kind == Kind::Routes && !self.resources.contains_key(&key) {
+                        self.fail_routes(&resource.name);
+                    }
+                    refused.push(v1::Refused {
+                        type_url: kind.type_url().into(),
+                        name: resource.name,
+                        version: resource.version,
+                        reason: refusal.reason,
+                        place: refusal.place,
+                    });
+                }
+            }
+        }
+        for name in &response.removed_resources {
+            self.remove(kind, name);
+        }
+        self.indexed |= kind == Kind::Service;
+        if self.snapshot.mesh().cluster_domain != cluster_domain {
+            self.rename_endpoints();
+        }
+        self.publish(matches!(kind, Kind::Service | Kind::Mesh));
+        refused
+    }
+
+    fn publish(&mut self, names: bool) {
+        if names {
+            let services = self.snapshot.services().map(|service| &**service);
+            let zone = Zone::new(&self.snapshot.mesh().cluster_domain, services);
+            self.outputs.zone.store(Arc::new(zone));
+        }
+        self.outputs.snapshot.store(Arc::new(self.snapshot.clone()));
+        self.outputs.changed.send_modify(|count| *count += 1);
+    }
+
+    fn take(&mut self, kind: Kind, resource: &Resource) -> Result<(), Refusal> {
+        match kind {
+            Kind::Mesh => {
+                let mesh: v1::Mesh = decode(resource)?;
+                self.snapshot.set_mesh(assemble::mesh(&mesh)?);
+            }
+            Kind::TrustBundle => {
+                let bundle: v1::TrustBundle = decode(resource)?;
+                assemble::requirements(&bundle)?;
+                self.outputs.trust.send_replace(Some(bundle));
+            }
+            Kind::Workload => {
+                let workload: v1::Workload = decode(resource)?;
+                self.snapshot.set_workload(Some(assemble::workload(&workload)?));
+            }
+            Kind::Service => {
+                let service: v1::Service = decode(resource)?;
+                self.snapshot.put_service(Arc::new(assemble::service(&service)?));
+            }
+            Kind::Endpoints => {
+                let endpoints: v1::Endpoints = decode(resource)?;
+                let set = assemble::endpoints(&endpoints, &self.snapshot.mesh().cluster_domain)?;
+                self.outputs.endpoints.set(&service_of(&resource.name)?, Arc::new(set));
+            }
+            Kind::Routes => {
+                let routes: v1::Routes = decode(resource)?;
+                let rules = assemble::routes(&routes)?;
+                // A share of the traffic may go to any of them at once.
+                self.wanted.extend(rules.backends().filter(|it| it.valid).map(|it| it.service.clone()));
+                self.snapshot.set_routes(service_of(&resource.name)?, Some(rules));
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, kind: Kind, name: &str) {
+        self.resources.remove(&(kind, name.to_owned()));
+        if kind.is_on_demand() {
+            self.absent.insert((kind, name.to_owned()));
+        }
+        let service = ServiceName::parse(name);
+        match (kind, service) {
+            // There is always a mesh, and its roots do not go away by being left out.
+            (Kind::Mesh | Kind::TrustBundle, _) => {}
+            (Kind::Workload, _) => self.snapshot.set_workload(None),
+            (Kind::Service, Ok(service)) => self.snapshot.remove_service(&service),
+            (Kind::Endpoints, Ok(service)) => self.outputs.endpoints.set(&service, Arc::new(EndpointSet::default())),
+            (Kind::Routes, Ok(service)) => self.snapshot.set_routes(service, None),
+            (Kind::Service | Kind::Endpoints | Kind::Routes, Err(_)) => {}
+        }
+    }
+
+    /// Routes that were refused, with none before them, answer every request with 500: what they would have kept from
+    /// somewhere must not go there.
+    fn fail_routes(&mut self, name: &str) {
+        let Ok(service) = ServiceName::parse(name) else { return };
+        let path = Some(v1::http_match::Path::Prefix("/".to_owned()));
+        let rule = v1::HttpRule { matches: vec![v1::HttpMatch { path, ..Default::default() }], ..Default::default() };
+        let refused = v1::HttpRoute {
+            namespace: service.namespace.to_string(),
+            name: "refused".to_owned(),
+            rules: vec![rule],
+            ..Default::default()
+        };
+        let failing = v1::Routes {
+            namespace: service.namespace.to_string(),
+            name: service.name.to_string(),
+            http: vec![refused],
+            requires: vec![],
+        };
+        if let Ok(rules) = assemble::routes(&failing) {
+            self.snapshot.set_routes(service, Some(rules));
+            // Whoever waits for the routes has their answer.
+            self.absent.insert((Kind::Routes, name.to_owned()));
+        }
+    }
+
+    /// The server names of endpoints are made with the mesh's domain.
+    fn rename_endpoints(&mut self) {
+        let held = self.resources.iter().filter(|((kind, _), _)| *kind == Kind::Endpoints);
+        let held: Vec<_> = held.map(|(_, resource)| resource.clone()).collect();
+        for resource in held {
+            // It was taken before, and the domain refuses nothing.
+            let _ = self.take(Kind::Endpoints, &resource);
+        }
+    }
+}
+
+fn decode<R: sheer_core::wire::Resource>(resource: &Resource) -> Result<R, Refusal> {
+    let refuse = |reason: &str| Refusal { place: String::new(), reason: reason.to_owned() };
+    let any = resource.resource.as_ref().ok_or_else(|| refuse("it has no content"))?;
+    if any.type_url != R::TYPE_URL {
+        return Err(refuse("its content is of another type"));
+    }
+    let decoded = R::decode(any.value.as_slice()).map_err(|error| refuse(&error.to_string()))?;
+    if decoded.resource_name() != resource.name {
+        return Err(refuse("its content has another name"));
+    }
+    if version_of(&any.value) != resource.version {
+        return Err(refuse("its version is not that of its content"));
+    }
+    Ok(decoded)
+}
+
+fn service_of(name: &str) -> Result<ServiceName, Refusal> {
+    ServiceName::parse(name).map_err(|error| Refusal { place: "name".to_owned(), reason: error.to_string() })
+}
