@@ -96,9 +96,9 @@ impl KnownSet {
     }
 }
 
-/// The head has more than [`MAX_FIELDS`] fields or would grow past what ranges can name.
+/// The head has more than [`MAX_FIELDS`] fields, or a name or value of more than 65,535 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("more than {MAX_FIELDS} header fields")]
+#[error("more than {MAX_FIELDS} header fields, or one of more than 65,535 bytes")]
 pub struct TooManyFields;
 
 #[derive(Clone, Copy, Debug)]
@@ -108,11 +108,38 @@ struct Span {
     edited: bool,
 }
 
+/// Small, because heads are moved about: a head of ten fields is a quarter of a kilobyte.
 #[derive(Clone, Copy, Debug)]
 struct Field {
+    name_start: u32,
+    value_start: u32,
+    name_len: u16,
+    value_len: u16,
     known: Known,
-    name: Span,
-    value: Span,
+    name_edited: bool,
+    value_edited: bool,
+}
+
+impl Field {
+    fn new(known: Known, name: Span, value: Span) -> Result<Self, TooManyFields> {
+        Ok(Self {
+            name_start: name.start,
+            value_start: value.start,
+            name_len: u16::try_from(name.len).map_err(|_| TooManyFields)?,
+            value_len: u16::try_from(value.len).map_err(|_| TooManyFields)?,
+            known,
+            name_edited: name.edited,
+            value_edited: value.edited,
+        })
+    }
+
+    fn name(&self) -> Span {
+        Span { start: self.name_start, len: u32::from(self.name_len), edited: self.name_edited }
+    }
+
+    fn value(&self) -> Span {
+        Span { start: self.value_start, len: u32::from(self.value_len), edited: self.value_edited }
+    }
 }
 
 /// The fields of a head, in order, repeated names kept apart.
@@ -135,8 +162,7 @@ impl Fields {
     /// [`TooManyFields`].
     pub fn push_received(&mut self, name: Range<usize>, value: Range<usize>) -> Result<(), TooManyFields> {
         let known = Known::of(&self.raw[name.clone()]);
-        let field = Field { known, name: received(name), value: received(value) };
-        self.push(field)
+        self.push(Field::new(known, received(name), received(value))?)
     }
 
     /// Like [`Fields::push_received`], for a codec that has looked the name up already and freezes the received bytes
@@ -145,7 +171,7 @@ impl Fields {
     /// # Errors
     /// [`TooManyFields`].
     pub fn push_parsed(&mut self, known: Known, name: Range<usize>, value: Range<usize>) -> Result<(), TooManyFields> {
-        self.push(Field { known, name: received(name), value: received(value) })
+        self.push(Field::new(known, received(name), received(value))?)
     }
 
     /// Names the received bytes into which the parsed ranges point. They must be those that were parsed: a range
@@ -162,7 +188,7 @@ impl Fields {
         let known = Known::of(name.as_bytes());
         let name = self.edit(name.as_bytes());
         let value = self.edit(value);
-        self.push(Field { known, name, value })
+        self.push(Field::new(known, name, value)?)
     }
 
     /// Gives the name this one value, in the place of the first field that has it, or at the end.
@@ -174,12 +200,13 @@ impl Fields {
             return self.append(name, value);
         };
         let span = self.edit(value);
-        self.list[first].value = span;
+        let field = &self.list[first];
+        self.list[first] = Field::new(field.known, field.name(), span)?;
         let mut place = 0;
         let (raw, edits) = (&self.raw, &self.edits);
         self.list.retain(|field| {
             place += 1;
-            place - 1 <= first || !resolve(raw, edits, field.name).eq_ignore_ascii_case(name.as_bytes())
+            place - 1 <= first || !resolve(raw, edits, field.name()).eq_ignore_ascii_case(name.as_bytes())
         });
         Ok(())
     }
@@ -187,7 +214,7 @@ impl Fields {
     /// Removes every field of this name. True when there was one.
     pub fn remove(&mut self, name: &str) -> bool {
         let (raw, edits, before) = (&self.raw, &self.edits, self.list.len());
-        self.list.retain(|field| !resolve(raw, edits, field.name).eq_ignore_ascii_case(name.as_bytes()));
+        self.list.retain(|field| !resolve(raw, edits, field.name()).eq_ignore_ascii_case(name.as_bytes()));
         self.list.len() != before
     }
 
@@ -199,7 +226,8 @@ impl Fields {
     /// Keeps the fields for which the test of name, value and known name is true.
     pub fn retain(&mut self, mut keep: impl FnMut(&[u8], &[u8], Known) -> bool) {
         let (raw, edits) = (&self.raw, &self.edits);
-        self.list.retain(|field| keep(resolve(raw, edits, field.name), resolve(raw, edits, field.value), field.known));
+        self.list
+            .retain(|field| keep(resolve(raw, edits, field.name()), resolve(raw, edits, field.value()), field.known));
     }
 
     /// Writes the fields as HTTP/1 lines, except those of the names to skip. Neighbours that are as they were received
@@ -219,8 +247,8 @@ impl Fields {
                 continue;
             }
             out.extend_from_slice(&self.raw[std::mem::replace(&mut run, 0..0)]);
-            let (name, value) = (self.bytes(field.name), self.bytes(field.value));
-            if field.value.edited && memchr::memchr3(b'\r', b'\n', 0, value).is_some() {
+            let (name, value) = (self.bytes(field.name()), self.bytes(field.value()));
+            if field.value_edited && memchr::memchr3(b'\r', b'\n', 0, value).is_some() {
                 continue;
             }
             out.extend_from_slice(name);
@@ -233,35 +261,36 @@ impl Fields {
 
     /// Where the whole line of an unchanged field lies, if it is spelled `name: value`.
     fn received_line(&self, field: &Field) -> Option<Range<usize>> {
-        if field.name.edited || field.value.edited {
+        if field.name_edited || field.value_edited {
             return None;
         }
-        let name_end = (field.name.start + field.name.len) as usize;
-        let (value_start, end) = (field.value.start as usize, field.value.start as usize + field.value.len as usize);
+        let name_end = field.name_start as usize + usize::from(field.name_len);
+        let (value_start, end) =
+            (field.value_start as usize, field.value_start as usize + usize::from(field.value_len));
         let usual = value_start == name_end + 2
             && self.raw.get(name_end..value_start) == Some(b": ")
             && self.raw.get(end..end + 2) == Some(b"\r\n");
-        usual.then_some(field.name.start as usize..end + 2)
+        usual.then_some(field.name_start as usize..end + 2)
     }
 
     /// The first value of a known name.
     pub fn get(&self, known: Known) -> Option<&[u8]> {
-        self.list.iter().find(|field| field.known == known).map(|field| self.bytes(field.value))
+        self.list.iter().find(|field| field.known == known).map(|field| self.bytes(field.value()))
     }
 
     /// All values of a known name, in order.
     pub fn values(&self, known: Known) -> impl Iterator<Item = &[u8]> {
-        self.list.iter().filter(move |field| field.known == known).map(|field| self.bytes(field.value))
+        self.list.iter().filter(move |field| field.known == known).map(|field| self.bytes(field.value()))
     }
 
     /// All values of a name, in order.
     pub fn values_of(&self, name: &str) -> impl Iterator<Item = &[u8]> {
-        self.list.iter().filter(move |field| self.is_named(field, name)).map(|field| self.bytes(field.value))
+        self.list.iter().filter(move |field| self.is_named(field, name)).map(|field| self.bytes(field.value()))
     }
 
     /// Name as spelled, value, and the known name, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8], Known)> {
-        self.list.iter().map(|field| (self.bytes(field.name), self.bytes(field.value), field.known))
+        self.list.iter().map(|field| (self.bytes(field.name()), self.bytes(field.value()), field.known))
     }
 
     /// Number of fields.
@@ -288,7 +317,7 @@ impl Fields {
     }
 
     fn is_named(&self, field: &Field, name: &str) -> bool {
-        self.bytes(field.name).eq_ignore_ascii_case(name.as_bytes())
+        self.bytes(field.name()).eq_ignore_ascii_case(name.as_bytes())
     }
 
     fn edit(&mut self, bytes: &[u8]) -> Span {
