@@ -61,6 +61,8 @@ pub(crate) struct Shared {
 /// One variant a verb; each verb is a file in `cmd/`.
 #[derive(Subcommand)]
 pub(crate) enum Command {
+    /// Start a control plane for this user
+    Up(cmd::up::Args),
     /// Run a command with its proxy beside it
     Run(Box<cmd::run::Args>),
     /// Stand beside something that runs already
@@ -85,6 +87,8 @@ pub(crate) enum Command {
     Stat(cmd::stat::Args),
     /// Show who calls whom, by which route and protocol
     Edges(cmd::edges::Args),
+    /// Run a control plane as a service
+    Control(cmd::control::Args),
     /// The whole thing on one machine, with sample services and load
     Demo(cmd::demo::Args),
     /// Make join tokens for workloads of other hosts
@@ -95,6 +99,7 @@ impl Command {
     /// Runs the command; its exit status is the process's.
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         match self {
+            Self::Up(args) => cmd::up::run(args),
             Self::Run(args) => cmd::run::run(*args),
             Self::Proxy(args) => cmd::proxy::run(*args),
             Self::Exec(args) => cmd::exec::run(args),
@@ -107,6 +112,7 @@ impl Command {
             Self::Check(args) => cmd::check::run(args),
             Self::Stat(args) => cmd::stat::run(args),
             Self::Edges(args) => cmd::edges::run(args),
+            Self::Control(args) => cmd::control::run(args),
             Self::Demo(args) => cmd::demo::run(args),
             Self::Token(args) => cmd::token::run(args),
         }

@@ -3,6 +3,7 @@
 pub(crate) mod apply;
 pub(crate) mod check;
 pub(crate) mod clean;
+pub(crate) mod control;
 pub(crate) mod delete;
 pub(crate) mod demo;
 pub(crate) mod diff;
@@ -15,6 +16,7 @@ pub(crate) mod run;
 pub(crate) mod sources;
 pub(crate) mod stat;
 pub(crate) mod token;
+pub(crate) mod up;
 
 use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;

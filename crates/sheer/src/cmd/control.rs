@@ -1,0 +1,165 @@
+//! `sheer control`: the control plane as a service.
+
+use crate::dirs::{self, Dirs};
+use crate::output::Progress;
+use anyhow::{Context as _, bail};
+use sheer_control::{ControlPlane, Options};
+use std::net::SocketAddr;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Flags of `sheer control`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  sheer control --config /etc/sheer/mesh.d --state /var/lib/sheer
+  sheer control --proxy-listen 10.0.0.5:15012 --advertise mesh.example.com:15012")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    place: Place,
+
+    /// Where proxies of other hosts connect
+    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:15012")]
+    proxy_listen: Vec<SocketAddr>,
+
+    /// Where the API and its page listen; port 0 picks a free one
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:15080")]
+    api_listen: SocketAddr,
+
+    /// How other hosts reach this control plane, written into join tokens [default: this host's address]
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Vec<String>,
+}
+
+/// Where a control plane keeps its things; `sheer up` shares it.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct Place {
+    /// The directory of YAML files; a saved change is in force at once [default: the user's, see docs/defaults.md]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Where root key, registrations and tokens are kept [default: the user's, see docs/defaults.md]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state: Option<PathBuf>,
+
+    /// Where the sockets for this host's proxies and command line are made [default: the user's]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) sockets: Option<PathBuf>,
+}
+
+/// Runs until SIGTERM or SIGINT.
+pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let options = args.place.options(args.proxy_listen, args.api_listen, args.advertise)?;
+    serve(options, |plane, options| {
+        tracing::info!(
+            proxies = ?plane.proxy_addresses(),
+            config = %options.config.display(),
+            state = %options.state.display(),
+            "control plane is up"
+        );
+        Ok(())
+    })
+}
+
+impl Place {
+    /// Makes the directories, and refuses where another control plane answers.
+    pub(crate) fn options(
+        &self,
+        proxy_listen: Vec<SocketAddr>,
+        api_listen: SocketAddr,
+        advertise: Vec<String>,
+    ) -> anyhow::Result<Options> {
+        let dirs = self.dirs()?;
+        if let Ok(stream) = std::os::unix::net::UnixStream::connect(dirs.api_socket()) {
+            drop(stream);
+            bail!(
+                "a control plane runs already for this user ({} answers); use it ('sheer check'), stop it first, or \
+                 give this one directories of its own with --sockets, --state and --config",
+                dirs.api_socket().display()
+            );
+        }
+        dirs::make(&dirs.config, 0o755).context("name another with --config")?;
+        dirs::make_private(&dirs.state).context("name another with --state")?;
+        // Every user of the host may talk to a control plane of root; it asks the kernel who they are.
+        if nix::unistd::geteuid().is_root() {
+            dirs::make(&dirs.runtime, 0o755).context("name another with --sockets")?;
+        } else {
+            dirs::make_private(&dirs.runtime).context("name another with --sockets")?;
+        }
+        Ok(Options {
+            config: dirs.config,
+            state: dirs.state,
+            sockets: Some(dirs.runtime),
+            proxy_listen,
+            api_listen: Some(api_listen),
+            advertise,
+            ..Options::default()
+        })
+    }
+
+    fn dirs(&self) -> anyhow::Result<Dirs> {
+        directories(self.config.as_deref(), self.state.as_deref(), self.sockets.as_deref())
+    }
+}
+
+/// The given directories, and the user's for those not given.
+fn directories(config: Option<&Path>, state: Option<&Path>, sockets: Option<&Path>) -> anyhow::Result<Dirs> {
+    if let (Some(config), Some(state), Some(runtime)) = (config, state, sockets) {
+        return Ok(Dirs { runtime: runtime.into(), state: state.into(), config: config.into() });
+    }
+    let user = Dirs::of_user()?;
+    Ok(Dirs {
+        runtime: sockets.map_or(user.runtime, Path::to_owned),
+        state: state.map_or_else(|| user.state.join("control"), Path::to_owned),
+        config: config.map_or(user.config, Path::to_owned),
+    })
+}
+
+/// Runs a control plane until it is told to end; `started` says to people that it is there.
+pub(crate) fn serve(
+    options: Options,
+    started: impl FnOnce(&ControlPlane, &Options) -> anyhow::Result<()>,
+) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut hangup = signal(SignalKind::hangup())?;
+        let progress = Progress::of("starting the control plane");
+        let mut plane = sheer_control::start(options.clone()).await?;
+        drop(progress);
+        started(&plane, &options)?;
+        notify("READY=1\nSTATUS=serving");
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+            error = plane.failed() => return Err(anyhow::Error::new(error).context("the control plane stopped")),
+        }
+        notify("STOPPING=1");
+        tokio::select! {
+            () = plane.stop() => {}
+            // A second signal means: now.
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        tracing::info!("control plane has ended; running workloads go on with what they know");
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Tells systemd, when it asked to be told (sd_notify(3)).
+fn notify(state: &str) {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let address = match path.as_bytes() {
+        [b'@', name @ ..] => std::os::unix::net::SocketAddr::from_abstract_name(name),
+        _ => std::os::unix::net::SocketAddr::from_pathname(&path),
+    };
+    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
+    if let Err(error) = sent {
+        tracing::warn!(%error, "cannot notify systemd");
+    }
+}
