@@ -6,6 +6,7 @@ use clap::{Parser, ValueEnum};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::future::Future;
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -169,7 +170,7 @@ async fn generate(arguments: Arguments, stop: impl Future<Output = ()>) -> anyho
             _ = second.tick() => {
                 let now = running.counts();
                 if arguments.live_json {
-                    println!("{}", serde_json::to_string(&now)?);
+                    say(&serde_json::to_string(&now)?);
                 } else if now.sent > 0 {
                     eprintln!("{:>6}/s  {now}", now.sent - last.sent);
                 }
@@ -179,13 +180,18 @@ async fn generate(arguments: Arguments, stop: impl Future<Output = ()>) -> anyho
     }
     let report = running.stop().await;
     if arguments.live_json {
-        println!("{}", serde_json::json!({ "report": report }));
+        say(&serde_json::json!({ "report": report }).to_string());
         return Ok(());
     }
     let text = serde_json::to_string_pretty(&report)?;
     match arguments.report {
         Some(path) => std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?,
-        None => println!("{text}"),
+        None => say(&text),
     }
     Ok(())
+}
+
+/// A line on standard output. A reader that went away ends nothing: SIGTERM does.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }

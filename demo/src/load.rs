@@ -4,8 +4,10 @@
 //! outcomes of [`Counts`], so that `sent` is their sum once [`Running::stop`] has returned. Requests are sent at a fixed
 //! rate as long as connections are free; an answer that is late delays the requests of its own connection alone.
 //!
-//! A request is only ever written once. One that was never written at all, since its connection turned out to be closed
-//! before its first byte, goes to a new connection, as any client does.
+//! A request that was written is not written again. There are two things that any client does and that are no retries: one
+//! that was never written, since its connection turned out to be closed before its first byte, goes to a new connection;
+//! and so does one that an HTTP/2 server which goes away says it did not process. The latter are counted as
+//! [`Counts::resent`].
 
 mod grpc;
 mod http1;
@@ -58,7 +60,7 @@ pub fn start(plan: Plan) -> Running {
     let mut tasks = JoinSet::new();
     let mut tallies = Vec::with_capacity(plan.loads.len());
     for load in plan.loads {
-        let tally = Arc::new(Tally::new(load.name.clone()));
+        let tally = Arc::new(Tally::new(unused_name(&load.name, &tallies)));
         tallies.push(tally.clone());
         let context = Context { load: Arc::new(load), tally, hang_up: plan.hang_up, patience: plan.patience };
         for index in 0..context.load.connections.max(1) {
@@ -73,6 +75,17 @@ pub fn start(plan: Plan) -> Running {
         }
     }
     Running { tallies, tasks, stop }
+}
+
+fn unused_name(wanted: &str, tallies: &[Arc<Tally>]) -> String {
+    let is_used = |name: &str| tallies.iter().any(|tally| tally.name() == name);
+    let mut name = wanted.to_owned();
+    let mut number = 2;
+    while is_used(&name) {
+        name = format!("{wanted} {number}");
+        number += 1;
+    }
+    name
 }
 
 /// A plan that is running. Dropping it ends the load at once and loses its report.

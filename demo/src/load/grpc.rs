@@ -30,7 +30,8 @@ pub(super) async fn stream(context: Context, index: usize, stopped: watch::Recei
 
 async fn quote(context: &Context, shared: &Shared, sequence: u64) -> Result<Outcome, Outcome> {
     let (response, mut stream) = call(context, shared, "/shop.v1.Pricing/Quote").await?;
-    stream.send_data(encode(sequence), true).map_err(broken)?;
+    // An error means that the stream is over; its answer says why.
+    let _ = stream.send_data(encode(sequence), true);
     if context.hangs_up() {
         let _ = tokio::time::timeout(HANG_UP_AFTER, response).await;
         return Ok(Outcome::HungUp);

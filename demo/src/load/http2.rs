@@ -28,7 +28,7 @@ pub(super) async fn requests(context: Context, index: usize, stopped: watch::Rec
 /// Calls `one` at the load's pace, up to [`SIDE_BY_SIDE`] at a time, with a connection that they share.
 pub(super) async fn side_by_side<F, R>(context: Context, index: usize, mut stopped: watch::Receiver<bool>, one: F)
 where
-    F: Fn(Context, Arc<Shared>, u64) -> R,
+    F: Fn(Context, Arc<Shared>, u64) -> R + Clone + Send + Sync + 'static,
     R: Future<Output = Outcome> + Send + 'static,
 {
     let mut pace = context.pace(index);
@@ -40,10 +40,18 @@ where
         while requests.try_join_next().is_some() {}
         let Ok(slot) = slots.clone().acquire_owned().await else { return };
         sequence += 1;
-        let work = one(context.clone(), shared.clone(), sequence);
-        let context = context.clone();
+        let (one, context, shared) = (one.clone(), context.clone(), shared.clone());
         requests.spawn(async move {
             let sent = context.tally.sent();
+            let work = async {
+                for _ in 0..http1::NEVER_WRITTEN {
+                    match one(context.clone(), shared.clone(), sequence).await {
+                        Outcome::Unprocessed => context.tally.resent(),
+                        outcome => return outcome,
+                    }
+                }
+                Outcome::Unprocessed
+            };
             sent.end(within(&context, work).await);
             drop(slot);
         });
@@ -152,6 +160,11 @@ impl Shared {
     }
 }
 
+/// An error before an answer. A server that goes away in order names the last request it takes; those after it were not
+/// processed (RFC 9113, section 6.8).
 pub(super) fn broken(error: h2::Error) -> Outcome {
+    if error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR) {
+        return Outcome::Unprocessed;
+    }
     Outcome::Reset(chain(&error))
 }

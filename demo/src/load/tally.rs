@@ -12,7 +12,7 @@ const KEPT_FAILURES: usize = 50;
 /// Distinct versions and statuses kept, per load; a server that makes them up must not fill the memory.
 const KEPT_VALUES: usize = 100;
 
-/// How requests ended. Once a load has stopped, `sent` is the sum of all others.
+/// How requests ended. Once a load has stopped, `sent` is the sum of all outcomes: of all but `resent`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Requests, streams or lines begun.
@@ -33,6 +33,9 @@ pub struct Counts {
     pub late: u64,
     /// Not awaited, on purpose.
     pub hung_up: u64,
+    /// No outcome: how often a server that went away told that it had not processed a request, which then went to
+    /// another connection (RFC 9113, section 6.8).
+    pub resent: u64,
 }
 
 impl Counts {
@@ -56,6 +59,7 @@ impl Counts {
         self.reordered += other.reordered;
         self.late += other.late;
         self.hung_up += other.hung_up;
+        self.resent += other.resent;
     }
 
     fn count(&mut self, outcome: &Outcome) {
@@ -63,7 +67,7 @@ impl Counts {
             Outcome::Ok => self.ok += 1,
             Outcome::Status(_) => self.non_2xx += 1,
             Outcome::Connect(_) => self.connect += 1,
-            Outcome::Reset(_) => self.reset += 1,
+            Outcome::Reset(_) | Outcome::Unprocessed => self.reset += 1,
             Outcome::Short(_) => self.short += 1,
             Outcome::Reordered(_) => self.reordered += 1,
             Outcome::Late => self.late += 1,
@@ -83,6 +87,7 @@ impl fmt::Display for Counts {
             ("reordered", self.reordered),
             ("late", self.late),
             ("hung up", self.hung_up),
+            ("resent", self.resent),
         ] {
             if count > 0 {
                 write!(f, "  {name} {count}")?;
@@ -103,6 +108,8 @@ pub(super) enum Outcome {
     Reordered(String),
     Late,
     HungUp,
+    /// A server that goes away says that it did not process the request.
+    Unprocessed,
 }
 
 impl Outcome {
@@ -114,6 +121,7 @@ impl Outcome {
             Self::Reset(detail) => Some(("reset", detail.clone())),
             Self::Short(detail) => Some(("short", detail.clone())),
             Self::Reordered(detail) => Some(("reordered", detail.clone())),
+            Self::Unprocessed => Some(("reset", "servers go away one after the other".to_owned())),
             Self::Late => Some(("late", "no answer in time".to_owned())),
         }
     }
@@ -247,6 +255,11 @@ impl Tally {
             counts.sent += 1;
         }
         Sent { tally: self, at: Instant::now(), phase, ended: false }
+    }
+
+    /// Counts a request that is sent again since it was not processed.
+    pub(super) fn resent(&self) {
+        self.state.lock().counts.resent += 1;
     }
 
     /// Notes the status and version of an answer.

@@ -21,7 +21,7 @@ pub enum Protocol {
 /// One load.
 #[derive(Clone, Debug)]
 pub struct Load {
-    /// Its name in the report; when parsed, the protocol's, with the host.
+    /// Its name in the report; when parsed, the protocol and the URL. Loads of the same name are numbered.
     pub name: String,
     /// How to speak.
     pub protocol: Protocol,
@@ -75,7 +75,7 @@ impl Load {
         };
         let path = uri.path_and_query().map_or("/", |path| path.as_str());
         Ok(Self {
-            name: format!("{} {}", protocol.name(), authority.host()),
+            name: format!("{} {authority}{}", protocol.name(), path.trim_end_matches('/')),
             protocol,
             address: format!("{}:{port}", authority.host()),
             authority: authority.to_string(),
