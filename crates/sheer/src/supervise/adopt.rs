@@ -82,7 +82,9 @@ fn mount() -> Result<PathBuf> {
         let (front, back) = line.split_once(" - ")?;
         back.starts_with("cgroup2 ").then(|| PathBuf::from(front.split(' ').nth(4).unwrap_or_default()))
     });
-    unified.into_iter().find(|mount| mount.starts_with(NFT_ROOT)).with_context(|| {
+    // Another mount may hide one; only the unified hierarchy has this file.
+    let usable = |mount: &PathBuf| mount.starts_with(NFT_ROOT) && mount.join("cgroup.controllers").exists();
+    unified.into_iter().find(usable).with_context(|| {
         format!(
             "there is no unified control group hierarchy below {NFT_ROOT}; mount one ('mount -t cgroup2 none \
              {NFT_ROOT}/unified'), or choose the workload by --user"
