@@ -84,3 +84,60 @@ fn kinds_are_found_as_people_type_them() {
     }
     assert_eq!(Kind::parse("pod"), None);
 }
+
+fn one(text: &str) -> Resource {
+    let mut diagnostics = Vec::new();
+    let file = read("f", text, &mut diagnostics);
+    assert!(diagnostics.is_empty(), "{diagnostics:?}");
+    file.documents.into_iter().next().unwrap().resource.unwrap()
+}
+
+#[test]
+fn an_enrollment_grants_what_it_names() {
+    let Resource::Enrollment(it) = one(r#"
+apiVersion: sheer.dev/v1alpha1
+kind: Enrollment
+metadata: {name: e}
+spec:
+  methods: [{token: {from: [10.0.0.0/8, 192.0.2.1]}}, {local: {users: [0, 1000]}}]
+  serviceAccounts: [web, api]
+  labels: {version: ["*"], app: [web]}
+  ports: [8080]
+  addresses: [10.7.0.0/16]
+"#)
+    else {
+        panic!("another kind");
+    };
+    let label = |text: &str| crate::name::DnsLabel::parse(text).unwrap();
+    let from = vec!["10.0.0.0/8".parse().unwrap(), "192.0.2.1/32".parse().unwrap()];
+    assert_eq!(it.methods[0], Method::Token { ttl: DEFAULT_TOKEN_TTL, uses: 1, from });
+    assert_eq!(it.methods[1], Method::Local { users: vec![0, 1000] });
+    assert!(it.service_accounts.admits(&label("api")) && !it.service_accounts.admits(&label("db")));
+    assert!(it.admits_service(&label("web"), &label("web")) && !it.admits_service(&label("web"), &label("api")));
+    assert!(it.admits_label("version", "v9") && it.admits_label("app", "web"));
+    assert!(!it.admits_label("app", "api") && !it.admits_label("team", "x"));
+    assert!(it.ports.admits(&8080) && !it.ports.admits(&80));
+    let address = |text: &str| text.parse().unwrap();
+    assert!(it.admits_address(address("198.51.100.1"), address("198.51.100.1")));
+    assert!(it.admits_address(address("198.51.100.1"), address("10.7.3.4")));
+    assert!(!it.admits_address(address("198.51.100.1"), address("10.8.0.1")));
+}
+
+#[test]
+fn a_service_is_what_was_written() {
+    let Resource::Service(it) = one(r#"
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop, annotations: {sheer.dev/service-accounts: "b, a,b"}}
+spec:
+  ports: [{name: one, port: 80, targetPort: web, appProtocol: kubernetes.io/h2c}, {name: two, port: 81}]
+"#)
+    else {
+        panic!("another kind");
+    };
+    assert_eq!(it.meta.name.to_string(), "shop/web");
+    assert_eq!(it.accounts.iter().map(ToString::to_string).collect::<Vec<_>>(), ["a", "b"]);
+    let protocol = crate::wire::v1::Protocol::Http2;
+    assert_eq!(it.ports[0], ServicePort { port: 80, name: "one".into(), target: Target::Name("web".into()), protocol });
+    assert_eq!(it.ports[1].target, Target::Number(81));
+}

@@ -1,4 +1,5 @@
 //! What the tests of the compiler share.
+#![allow(dead_code, reason = "each test uses its part")]
 
 use sheer_core::compile::{All, Compiled, Fleet, Records, Registered, RegisteredPort, all};
 use sheer_core::identity::SpiffeId;
@@ -17,13 +18,13 @@ pub(crate) fn yaml_files(directory: &Path) -> Vec<PathBuf> {
     files
 }
 
-struct ByHash<'a>(&'a Compiled);
+/// Addresses by hash; pinned is the account named like the service's first part: `web` for `web-v2`.
+pub(crate) struct ByHash<'a>(pub(crate) &'a Compiled);
 
 impl Records for ByHash<'_> {
     fn virtual_ips(&self, service: &ServiceName) -> Vec<IpAddr> {
         self.0.mesh.virtual_ranges.assign(service, |_| false)
     }
-    /// The account named like the service's first part: `web` for `web-v2`.
     fn pins(&self, service: &ServiceName) -> Vec<DnsLabel> {
         let account = service.name.as_str().split('-').next().unwrap_or_default();
         vec![DnsLabel::parse(account).unwrap()]
