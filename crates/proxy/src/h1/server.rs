@@ -166,20 +166,21 @@ struct Exchange {
 async fn answer(link: &Rc<Link>, response: Response, exchange: &Exchange) -> Result<bool, ConnError> {
     let Response { head, body } = response;
     let mut sender = Sender::default();
-    let (keep_alive, ends_with_connection) = {
+    let asked = {
         let mut state = link.state();
         sender.out = state.take_interim();
         // A client that still waits for 100 Continue may send its body or not: nobody can know.
         let undecided = exchange.expects_continue && !state.continued && state.awaits_first_byte();
-        let asked = Asked {
+        Asked {
             no_body: exchange.head_only,
             http10: exchange.http10,
             keep_alive: exchange.keep_alive && !undecided && !state.ended,
-        };
-        let (encoding, keep_alive) = encode::response(&head, &body, asked, sender.out.small());
-        sender.begin(body, encoding);
-        (keep_alive, encoding == Encoding::UntilClose)
+        }
     };
+    // Not while the connection is borrowed: the body may be the request's own.
+    let (encoding, keep_alive) = encode::response(&head, &body, asked, sender.out.small());
+    let ends_with_connection = encoding == Encoding::UntilClose;
+    sender.begin(body, encoding);
     drop(head);
     let sent = poll_fn(|cx| {
         match sender.poll_send(cx, |out, cx| link.state().poll_flush(out, cx)) {

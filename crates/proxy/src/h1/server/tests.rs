@@ -186,6 +186,20 @@ async fn interim_answers_come_first() {
 }
 
 #[tokio::test]
+async fn a_request_may_be_its_own_answer() {
+    async fn mirror(request: Request) -> Outcome<()> {
+        Outcome::Response(Response { head: ResponseHead::new(StatusCode::OK), body: request.body })
+    }
+    let input = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\nx: y\r\n\r\n\
+        PUT / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 4\r\n\r\nabcd";
+    let (whole, ended) = talk_in_parts(&[input.as_bytes()], mirror).await;
+    assert!(whole.contains("2\r\nab\r\n1\r\nc\r\n0\r\nx: y\r\n\r\n") && whole.ends_with("\r\n\r\nabcd"), "{whole}");
+    assert!(ended.is_ok());
+    let (head, rest) = input.as_bytes().split_at(input.len() - 2);
+    assert!(talk_in_parts(&[head, rest], mirror).await.0.ends_with("\r\n\r\nabcd"));
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_ends_the_service() {
     struct Dropped(Rc<std::cell::Cell<bool>>);
     impl Drop for Dropped {
