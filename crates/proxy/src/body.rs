@@ -86,6 +86,10 @@ pub enum Body {
     H1(Incoming),
     /// What arrives on an HTTP/2 stream.
     H2(crate::h2::Incoming),
+    /// A request's, counted as it is read.
+    Metered(Box<crate::record::Metered>),
+    /// A response's, with the record that ends with it.
+    Watched(Box<crate::record::Watched>),
 }
 
 impl Body {
@@ -96,6 +100,8 @@ impl Body {
             Body::Full(bytes) => Length::Known(bytes.len() as u64),
             Body::H1(body) => body.length(),
             Body::H2(incoming) => incoming.length(),
+            Body::Metered(body) => body.length(),
+            Body::Watched(body) => body.length(),
         }
     }
 
@@ -106,6 +112,8 @@ impl Body {
             Body::Full(bytes) => bytes.is_empty(),
             Body::H1(body) => body.length() == Length::Known(0),
             Body::H2(incoming) => incoming.is_empty(),
+            Body::Metered(body) => body.is_empty(),
+            Body::Watched(body) => body.is_empty(),
         }
     }
 
@@ -120,6 +128,8 @@ impl Body {
             }
             Body::H1(body) => body.poll_frame(cx),
             Body::H2(body) => body.poll_frame(cx),
+            Body::Metered(body) => body.poll_frame(cx),
+            Body::Watched(body) => body.poll_frame(cx),
         }
     }
 
@@ -129,6 +139,8 @@ impl Body {
         match self {
             Body::Empty | Body::Full(_) | Body::H2(_) => {}
             Body::H1(body) => body.poll_progress(cx),
+            Body::Metered(body) => body.poll_progress(cx),
+            Body::Watched(body) => body.poll_progress(cx),
         }
     }
 

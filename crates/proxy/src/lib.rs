@@ -2,20 +2,31 @@
 
 pub mod body;
 pub mod capture;
+pub mod connection;
 pub mod control;
+pub mod demand;
 pub mod detect;
 pub mod dns;
 pub mod drain;
+pub mod error;
 pub mod h1;
 pub mod h2;
 pub mod identity;
+pub mod inbound;
 pub mod io;
+pub mod listen;
+#[cfg(test)]
+mod mesh_tests;
 pub mod metrics;
+pub mod outbound;
 pub mod plan;
 pub mod platform;
+pub mod record;
+mod send;
 pub mod state;
 pub mod sync;
 pub mod tcp;
 #[cfg(test)]
 mod testing;
 pub mod upstream;
+pub mod worker;

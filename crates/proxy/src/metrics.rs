@@ -189,6 +189,12 @@ impl Default for Edge {
     }
 }
 
+impl std::fmt::Debug for Edge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Edge").field("answers", &self.answers()).finish_non_exhaustive()
+    }
+}
+
 impl Edge {
     /// Counts one request, or connection of bytes, that ended: `status` as the caller saw it (0 for bytes, and when there
     /// was none), `grpc_status` (-1 when there was none), and why it failed, when the mesh or a connection failed.

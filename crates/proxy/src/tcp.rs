@@ -10,7 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -30,12 +30,16 @@ pub struct Counts {
     pub received: Cell<u64>,
 }
 
-/// Copies until both sides have closed. What was already read from the first side goes out first.
+/// Copies until both sides have closed. What was already read from either side goes out first.
 ///
 /// # Errors
 /// When either side is reset or breaks; both are then reset, so that neither takes the end for a proper one.
-pub async fn relay(near: &mut Io, read: Bytes, far: &mut Io, counts: &Counts) -> io::Result<()> {
-    let (mut out, mut back) = (Direction::new(read), Direction::new(Bytes::new()));
+pub async fn relay(
+    (near, read_near): (&mut Io, Bytes),
+    (far, read_far): (&mut Io, Bytes),
+    counts: &Counts,
+) -> io::Result<()> {
+    let (mut out, mut back) = (Direction::new(read_near), Direction::new(read_far));
     let copied = poll_fn(|cx| {
         let sent = out.poll(cx, near, far, &counts.sent)?;
         let received = back.poll(cx, far, near, &counts.received)?;
@@ -144,35 +148,6 @@ impl Direction {
     }
 }
 
-/// Waits until one of the two sides has something to say, without taking it, for at most `limit` when there is one.
-/// Says whether it was the first. `None` when neither spoke in time.
-pub async fn who_speaks_first(near: &Io, far: &Io) -> io::Result<Speaker> {
-    poll_fn(|cx| {
-        if let Poll::Ready(ready) = poll_readable(near, cx) {
-            return Poll::Ready(ready.map(|()| Speaker::Near));
-        }
-        ready!(poll_readable(far, cx))?;
-        Poll::Ready(Ok(Speaker::Far))
-    })
-    .await
-}
-
-/// A side of a relay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Speaker {
-    /// The side that opened the connection.
-    Near,
-    /// The side it is opened to.
-    Far,
-}
-
-fn poll_readable(io: &Io, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-    match io.socket() {
-        Some(socket) => socket.poll_read_ready(cx),
-        None => Poll::Pending,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,7 +165,7 @@ mod tests {
         let held = counts.clone();
         let relay = spawn_local(async move {
             let (mut near, mut far) = (Io::tcp(near)?, Io::tcp(far)?);
-            relay(&mut near, Bytes::from_static(b"first "), &mut far, &held).await
+            relay((&mut near, Bytes::from_static(b"first ")), (&mut far, Bytes::new()), &held).await
         });
         (client, server, relay, counts)
     }

@@ -44,6 +44,16 @@ pub enum Place {
     External(SocketAddr),
 }
 
+impl Place {
+    /// The address that is dialled.
+    pub fn address(&self) -> SocketAddr {
+        match self {
+            Place::Endpoint(live) => live.endpoint.address,
+            Place::Application(address) | Place::External(address) => *address,
+        }
+    }
+}
+
 /// A connection that was not made.
 #[derive(Debug, thiserror::Error)]
 #[error("{cause}")]

@@ -103,6 +103,18 @@ impl Table {
         }
     }
 
+    /// The endpoint that takes connections at this address, of any service in use.
+    pub fn at(&self, address: SocketAddr) -> Option<(ServiceName, Arc<Live>, LiveEndpoint)> {
+        self.cells.read().iter().find_map(|(service, cell)| {
+            let live = cell.load_full()?;
+            let found = live.ports.iter().flat_map(|(_, list)| list.iter()).find(|it| {
+                it.endpoint.address.ip() == address.ip()
+                    && (it.endpoint.address.port() == address.port() || it.endpoint.workload_port == address.port())
+            })?;
+            Some((service.clone(), live.clone(), found.clone()))
+        })
+    }
+
     /// The cell of a service's endpoints; `None` when nobody has asked for them yet.
     pub fn get(&self, service: &ServiceName) -> Option<Arc<Cell>> {
         self.cells.read().get(service).cloned()
@@ -117,6 +129,12 @@ impl Live {
     /// The endpoints that answer this service port.
     pub fn of_port(&self, port: u16) -> &[LiveEndpoint] {
         self.ports.iter().find(|(it, _)| *it == port).map_or(&[], |(_, list)| list)
+    }
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self::new(Instant::now())
     }
 }
 

@@ -1,0 +1,364 @@
+//! Traffic to the workload.
+//!
+//! ```text
+//! accept -> mesh peer: TLS -> port -> [request: leaving? -> identity fields -> application] or [bytes -> relay]
+//!        -> plaintext: admitted? -> the same, as nobody in particular
+//! published -> the same, for anybody on this host
+//! ```
+
+use crate::body::{Request, Response};
+use crate::connection::{self, Answer, Caller, Spoken};
+use crate::detect::{self, Protocol as Detected};
+use crate::drain::Phase;
+use crate::error::{Audience, RequestError};
+use crate::io::Io;
+use crate::metrics::{Edge, Protocol};
+use crate::plan::{self, Mode};
+use crate::platform::original_destination;
+use crate::record::{ConnectionRecord, IDENTITY_FIELDS, Line, Record};
+use crate::send::{self, Outgoing};
+use crate::tcp;
+use crate::upstream::dial::Place;
+use crate::upstream::tls::{Accepted, Carried, TlsError};
+use crate::worker::Worker;
+use bytes::{Bytes, BytesMut};
+use sheer_core::cause::Cause;
+use sheer_core::head::{Fields, Known, Version};
+use sheer_core::identity::SpiffeId;
+use sheer_core::name::parse_server_name;
+use sheer_core::snapshot;
+use sheer_core::sniff::{Sniffed, sniff};
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// How long a peer may take to say what it speaks, and for its handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a plaintext client may be silent before its server is given the word.
+const SILENCE: Duration = Duration::from_millis(50);
+
+/// What is looked at of a first message before its connection is handed to TLS or to plaintext.
+const FIRST_LOOK: usize = 16 * 1024;
+
+/// Who is at the other end.
+#[derive(Clone, Debug)]
+enum Who {
+    /// A workload of the mesh.
+    Peer(Arc<SpiffeId>),
+    /// Nobody in particular: plaintext that is admitted.
+    Unauthenticated,
+    /// Anybody, at a published door.
+    Public,
+}
+
+/// A connection to one port of the application.
+struct Session {
+    caller: Who,
+    /// Where its requests go, or why they go nowhere.
+    to: Result<Place, Cause>,
+    port: u16,
+    edges: Edges,
+    source: String,
+}
+
+/// The edges of a connection, resolved once.
+struct Edges {
+    http1: Arc<Edge>,
+    http2: Arc<Edge>,
+    grpc: Arc<Edge>,
+    tcp: Arc<Edge>,
+}
+
+/// Serves one connection at the mesh's door.
+pub async fn accept(worker: Rc<Worker>, stream: TcpStream) {
+    let Ok(local) = stream.local_addr() else { return };
+    let dialled = original_destination(&stream).unwrap_or(local);
+    let may_be_plaintext = plaintext(&worker, &stream, dialled.port());
+    let wait = if may_be_plaintext.is_ok() { SILENCE } else { HANDSHAKE_TIMEOUT };
+    let is_mesh = match timeout(wait, first_look(&stream)).await {
+        Ok(Ok(Sniffed::Tls(hello))) => hello.offers_mesh,
+        Ok(Ok(_)) => false,
+        Ok(Err(_)) => return,
+        Err(_) => false,
+    };
+    match (is_mesh, may_be_plaintext) {
+        (true, _) => from_peer(worker, stream, dialled).await,
+        (false, Ok(())) => from_outside(worker, stream, dialled, Who::Unauthenticated).await,
+        (false, Err(cause)) => refuse(worker, stream, cause).await,
+    }
+}
+
+/// Serves one connection at a published door.
+pub async fn accept_published(worker: Rc<Worker>, stream: TcpStream, port: u16) {
+    let dialled = SocketAddr::new([127, 0, 0, 1].into(), port);
+    from_outside(worker, stream, dialled, Who::Public).await;
+}
+
+/// Reads what a connection begins with and leaves it there.
+async fn first_look(stream: &TcpStream) -> io::Result<Sniffed> {
+    let mut seen = 0;
+    let mut buffer = vec![0; FIRST_LOOK];
+    // Each arrival makes the socket ready anew, so that bytes which tell nothing yet can be waited upon.
+    stream
+        .async_io(Interest::READABLE, || {
+            use nix::sys::socket::{MsgFlags, recv};
+            use std::os::fd::AsRawFd;
+            let count = recv(stream.as_raw_fd(), &mut buffer, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT)?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            match sniff(&buffer[..count]) {
+                Sniffed::Partial if count > seen => {
+                    seen = count;
+                    Err(io::ErrorKind::WouldBlock.into())
+                }
+                sniffed => Ok(sniffed),
+            }
+        })
+        .await
+}
+
+/// Whether plaintext is admitted to a port from where it comes.
+fn plaintext(worker: &Worker, stream: &TcpStream, port: u16) -> Result<(), Cause> {
+    let snapshot = worker.snapshot();
+    let granted = snapshot.workload();
+    let mode = granted.map_or(worker.proxy.plan.mode, |workload| match workload.mode {
+        snapshot::Mode::Watch => Mode::Watch,
+        snapshot::Mode::Permissive => Mode::Permissive,
+        snapshot::Mode::Strict => Mode::Strict,
+    });
+    if mode != Mode::Strict {
+        return Ok(());
+    }
+    let peer = stream.peer_addr().map_err(|_| Cause::PlaintextRefused)?;
+    match granted.and_then(|workload| workload.exception(peer.ip(), port)) {
+        Some(_) => Ok(()),
+        None => Err(Cause::PlaintextRefused),
+    }
+}
+
+/// Serves a connection of a mesh peer.
+async fn from_peer(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr) {
+    let Some(credentials) = worker.pools.connector().credentials() else {
+        return worker.proxy.metrics.refused_connection(Cause::NoIdentity);
+    };
+    let accepted = match timeout(HANDSHAKE_TIMEOUT, credentials.accept(stream)).await {
+        Ok(Ok(accepted)) => accepted,
+        Ok(Err(error)) => return untrusted(&worker, dialled, &error),
+        Err(_) => return worker.proxy.metrics.refused_connection(Cause::TlsFailed),
+    };
+    let Accepted { io, peer, server_name, carried } = accepted;
+    let port = asked_port(&worker, &server_name);
+    let session = Session::new(&worker, Who::Peer(Arc::new(peer)), port, dialled);
+    match carried {
+        Carried::Http1 => http(worker, io, BytesMut::new(), Spoken::Http1, session).await,
+        Carried::Http2 => http(worker, io, BytesMut::new(), Spoken::Http2, session).await,
+        Carried::Tcp => bytes(&worker, io, Bytes::new(), &session).await,
+    }
+}
+
+fn untrusted(worker: &Worker, dialled: SocketAddr, error: &TlsError) {
+    let cause = if error.is_untrusted() { Cause::PeerUntrusted } else { Cause::TlsFailed };
+    tracing::info!(%cause, %dialled, %error, "a mesh connection was refused");
+    worker.proxy.metrics.refused_connection(cause);
+}
+
+/// The port that a server name asks for, if this workload answers for the service and declares the port.
+fn asked_port(worker: &Worker, server_name: &str) -> Result<u16, Cause> {
+    let snapshot = worker.snapshot();
+    let asked = parse_server_name(server_name, &snapshot.mesh().cluster_domain).ok_or(Cause::PortNotDeclared)?;
+    let (port, namespace, name) = asked;
+    let is_own = match snapshot.workload() {
+        Some(workload) => {
+            workload.services.iter().any(|it| it.namespace.as_str() == namespace && it.name.as_str() == name)
+        }
+        None => *worker.source == *format!("{namespace}/{name}"),
+    };
+    if is_own && is_declared(worker, port) { Ok(port) } else { Err(Cause::PortNotDeclared) }
+}
+
+fn is_declared(worker: &Worker, port: u16) -> bool {
+    worker.proxy.plan.ports.iter().any(|it| it.port == port)
+        || worker.snapshot().workload().is_some_and(|workload| workload.port(port).is_some())
+}
+
+/// Serves a connection in plaintext.
+async fn from_outside(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr, caller: Who) {
+    let port = dialled.port();
+    let is_watched = worker.proxy.plan.mode == Mode::Watch;
+    let declared = if is_watched || is_declared(&worker, port) { Ok(port) } else { Err(Cause::PortNotDeclared) };
+    let session = Session::new(&worker, caller, declared, dialled);
+    let mut io = Io::Plain(stream);
+    let mut prefix = BytesMut::new();
+    let protocol = worker.proxy.plan.ports.iter().find(|it| it.port == port).map(|it| it.protocol);
+    let detected = match protocol.unwrap_or_default() {
+        plan::Protocol::Http2 | plan::Protocol::Grpc => Some(Detected::Http2),
+        plan::Protocol::Tcp | plan::Protocol::Tls => Some(Detected::Opaque),
+        plan::Protocol::Http => match detect::detect(&mut io, &mut prefix).await {
+            Ok(Some(Detected::Http2)) => Some(Detected::Http2),
+            Ok(Some(_)) => Some(Detected::Http1),
+            Ok(None) | Err(_) => return,
+        },
+        plan::Protocol::Detect => match timeout(SILENCE, detect::detect(&mut io, &mut prefix)).await {
+            Ok(Ok(Some(detected))) => Some(detected),
+            Ok(Ok(None) | Err(_)) => return,
+            // It waits for its server to speak, or is slow: either way its bytes are carried as they come.
+            Err(_) => None,
+        },
+    };
+    match detected {
+        Some(Detected::Http1) => http(worker, io, prefix, Spoken::Http1, session).await,
+        Some(Detected::Http2) => http(worker, io, prefix, Spoken::Http2, session).await,
+        Some(Detected::Tls(_) | Detected::Opaque) | None => bytes(&worker, io, prefix.freeze(), &session).await,
+    }
+}
+
+/// Refuses a connection, in the client's own words where it speaks HTTP/1.
+async fn refuse(worker: Rc<Worker>, stream: TcpStream, cause: Cause) {
+    worker.proxy.metrics.refused_connection(cause);
+    tracing::info!(%cause, peer = ?stream.peer_addr().ok(), "a connection was refused");
+    let mut io = Io::Plain(stream);
+    let mut prefix = BytesMut::new();
+    let detected = timeout(HANDSHAKE_TIMEOUT, detect::detect(&mut io, &mut prefix)).await;
+    if !matches!(detected, Ok(Ok(Some(Detected::Http1)))) {
+        return tcp::reset(&io);
+    }
+    let own = worker.clone();
+    let service = async move |request: Request| {
+        let caller = Caller::of(&request.head, Audience::Mesh);
+        let record = Record::begin(own.inbound_edge("unknown", Protocol::Http1, false), None);
+        let mut answer = connection::answer(&own, caller, record, Err(cause.into()));
+        answer.close();
+        answer
+    };
+    connection::serve(&worker, io, prefix, Spoken::Http1, service).await;
+}
+
+impl Session {
+    fn new(worker: &Worker, caller: Who, port: Result<u16, Cause>, dialled: SocketAddr) -> Self {
+        let source = match &caller {
+            Who::Peer(peer) => format!("{}/{}", peer.namespace(), peer.service_account()),
+            Who::Unauthenticated => "unknown".to_owned(),
+            Who::Public => "public".to_owned(),
+        };
+        let mtls = matches!(caller, Who::Peer(_));
+        let edge = |protocol| worker.inbound_edge(&source, protocol, mtls);
+        let edges = Edges {
+            http1: edge(Protocol::Http1),
+            http2: edge(Protocol::Http2),
+            grpc: edge(Protocol::Grpc),
+            tcp: edge(Protocol::Tcp),
+        };
+        // In a namespace of ours where the port is listened on, elsewhere where the peer dialled.
+        let to = port.map(|port| match worker.proxy.inside {
+            Some(_) => Place::Application(worker.application(port)),
+            None => Place::Application(SocketAddr::new(dialled.ip(), port)),
+        });
+        Self { caller, to, port: port.unwrap_or_default(), edges, source }
+    }
+
+    fn audience(&self) -> Audience {
+        match self.caller {
+            Who::Peer(_) | Who::Unauthenticated => Audience::Mesh,
+            Who::Public => Audience::Public,
+        }
+    }
+}
+
+/// Serves the requests of one connection.
+async fn http(worker: Rc<Worker>, io: Io, prefix: BytesMut, spoken: Spoken, session: Session) {
+    let own = worker.clone();
+    let service = async move |request| serve(&own, &session, request).await;
+    connection::serve(&worker, io, prefix, spoken, service).await;
+}
+
+/// Serves one request to the workload. The stages run in this order.
+async fn serve(worker: &Worker, session: &Session, request: Request) -> Answer {
+    let caller = Caller::of(&request.head, session.audience());
+    let edge = match request.head.version {
+        Version::Http10 | Version::Http11 => &session.edges.http1,
+        Version::Http2 if request.head.is_grpc() => &session.edges.grpc,
+        Version::Http2 => &session.edges.http2,
+    };
+    let line = worker.line(|| Line {
+        destination: worker.source.to_string(),
+        ..Line::of_request("inbound", &session.source, &request.head)
+    });
+    let mut record = Record::begin(edge.clone(), line);
+    let result = deliver(worker, session, request, &mut record).await;
+    let mut answer = connection::answer(worker, caller, record, result);
+    if worker.phase() >= Phase::Told && matches!(session.caller, Who::Peer(_)) {
+        answer.say_leaving();
+    }
+    answer
+}
+
+async fn deliver(
+    worker: &Worker,
+    session: &Session,
+    request: Request,
+    record: &mut Record,
+) -> Result<Response, RequestError> {
+    let Request { mut head, body, interim } = request;
+    if worker.phase() >= Phase::Refusing {
+        return Err(Cause::Draining.into());
+    }
+    let place = session.to.clone()?;
+    identify(&session.caller, &mut head.fields)?;
+    let outgoing = Outgoing { head, body: record.meter(body), interim };
+    let mut response = match send::to_address(worker, place, outgoing, record).await {
+        Err(error) if error.cause == Cause::ConnectRefused && worker.proxy.inside.is_some() => {
+            worker.look_again(session.port);
+            return Err(error);
+        }
+        other => other?,
+    };
+    response.head.fields.remove_known(&[Known::SheerReason, Known::SheerDrain]);
+    Ok(response)
+}
+
+/// Who a caller is says the mesh, never the caller.
+fn identify(caller: &Who, fields: &mut Fields) -> Result<(), RequestError> {
+    fields.remove_known(IDENTITY_FIELDS);
+    match caller {
+        Who::Peer(peer) => {
+            let value = format!("URI={peer}");
+            let added = fields.append(Known::ClientCert.as_str(), value.as_bytes());
+            added.map_err(|error| RequestError::because(Cause::HeadTooLarge, error))
+        }
+        Who::Unauthenticated | Who::Public => Ok(()),
+    }
+}
+
+/// Carries one connection of bytes.
+async fn bytes(worker: &Worker, mut near: Io, read: Bytes, session: &Session) {
+    let line = worker
+        .line(|| Line { destination: worker.source.to_string(), ..Line::of_connection("inbound", &session.source) });
+    let mut record = ConnectionRecord::begin(session.edges.tcp.clone(), line);
+    match connect(worker, session).await {
+        Ok(mut far) => {
+            record.connected();
+            // A reset of either side is the end that the other side has been given as well.
+            let _ = tcp::relay((&mut near, read), (&mut far, Bytes::new()), &record.counts).await;
+        }
+        Err(cause) => {
+            record.failed(cause);
+            tcp::reset(&near);
+        }
+    }
+}
+
+async fn connect(worker: &Worker, session: &Session) -> Result<Io, Cause> {
+    if worker.phase() >= Phase::Refusing {
+        return Err(Cause::Draining);
+    }
+    let place = session.to.clone()?;
+    let peer = worker.pools.peer(&place);
+    worker.pools.tcp(&peer, &worker.nobody).await.map_err(|error| error.cause)
+}

@@ -1,0 +1,118 @@
+//! Accepting connections, and knowing when the last one is gone.
+
+use crate::inbound;
+use crate::outbound;
+use crate::plan::Role;
+use crate::worker::Worker;
+use sheer_core::name::ServiceName;
+use std::cell::Cell;
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+
+/// How long accepting pauses when there is no descriptor left: those in use must be closed first.
+const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
+
+/// What to do with an accepted connection.
+#[derive(Clone, Debug)]
+pub enum Traffic {
+    /// From the workload, to where it was going.
+    Outbound,
+    /// From the workload, to one service, whatever its destination.
+    Upstream(ServiceName, u16),
+    /// To the workload, from peers.
+    Inbound,
+    /// To this port of the workload, from people on this host.
+    Published(u16),
+}
+
+impl Traffic {
+    /// The traffic of a role; `None` for doors of the control thread and the forward proxy.
+    pub fn of(role: &Role) -> Option<Traffic> {
+        match role {
+            Role::Outbound => Some(Traffic::Outbound),
+            Role::Upstream { service, port } => {
+                let name = format!("{}/{}", service.namespace, service.name);
+                ServiceName::parse(&name).ok().map(|name| Traffic::Upstream(name, *port))
+            }
+            Role::Inbound => Some(Traffic::Inbound),
+            Role::Publish { port } => Some(Traffic::Published(*port)),
+            Role::Forward | Role::DnsUdp | Role::DnsTcp | Role::Admin | Role::Metrics => None,
+        }
+    }
+}
+
+/// The open connections of a worker.
+#[derive(Clone, Default)]
+pub struct Open(Rc<Count>);
+
+#[derive(Default)]
+struct Count {
+    open: Cell<usize>,
+    closed: Notify,
+}
+
+struct OpenOne(Rc<Count>);
+
+impl Open {
+    fn one(&self) -> OpenOne {
+        self.0.open.set(self.0.open.get() + 1);
+        OpenOne(self.0.clone())
+    }
+
+    /// Waits until none is open. Cancel safe.
+    pub async fn none(&self) {
+        while self.0.open.get() > 0 {
+            self.0.closed.notified().await;
+        }
+    }
+}
+
+impl Drop for OpenOne {
+    fn drop(&mut self) {
+        self.0.open.set(self.0.open.get() - 1);
+        self.0.closed.notify_one();
+    }
+}
+
+/// Accepts until the worker ends. Each connection is a task of its own: one that panics takes nothing else with it.
+pub async fn accept(worker: Rc<Worker>, listener: TcpListener, traffic: Traffic, open: Open) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let (worker, traffic, one) = (worker.clone(), traffic.clone(), open.one());
+                tokio::task::spawn_local(async move {
+                    let _one = one;
+                    serve(worker, stream, traffic).await;
+                });
+            }
+            Err(error) if is_about_one_connection(&error) => {}
+            Err(error) => {
+                tracing::warn!(%error, "accepting pauses");
+                tokio::time::sleep(NO_DESCRIPTOR).await;
+            }
+        }
+    }
+}
+
+async fn serve(worker: Rc<Worker>, stream: TcpStream, traffic: Traffic) {
+    if stream.set_nodelay(true).is_err() {
+        return; // It is gone already.
+    }
+    match traffic {
+        Traffic::Outbound => outbound::accept(worker, stream, outbound::Asked::Original).await,
+        Traffic::Upstream(service, port) => {
+            outbound::accept(worker, stream, outbound::Asked::Service(service, port)).await;
+        }
+        Traffic::Inbound => inbound::accept(worker, stream).await,
+        Traffic::Published(port) => inbound::accept_published(worker, stream, port).await,
+    }
+}
+
+/// The connection was gone before it was accepted (accept(2)): the next one may be well.
+fn is_about_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, PermissionDenied};
+    matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | PermissionDenied)
+}

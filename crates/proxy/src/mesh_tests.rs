@@ -1,0 +1,552 @@
+//! Two proxies and an application in one process, over loopback, with real certificates.
+
+use crate::body::Body;
+use crate::demand::{Demand, Demands};
+use crate::drain::{self, Phase};
+use crate::listen::{Open, Traffic, accept};
+use crate::metrics::Metrics;
+use crate::plan::{self, Capture, Mode, Plan, PlannedPort};
+use crate::testing::Authority;
+use crate::upstream::endpoint::Table;
+use crate::worker::{Proxy, Worker};
+use arc_swap::{ArcSwap, ArcSwapOption};
+use bytes::Bytes;
+use sheer_core::identity::SpiffeId;
+use sheer_core::name::{DnsLabel, ServiceName};
+use sheer_core::route::{Attached, Backend, Rule, Rules};
+use sheer_core::snapshot::{Endpoint, EndpointSet, Health, Hop, Protocol, Service, ServicePort, Snapshot, Timeouts};
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{LocalSet, spawn_local};
+
+/// A proxy of the test.
+struct Beside {
+    proxy: Arc<Proxy>,
+    worker: Rc<Worker>,
+    leave: drain::Signal,
+    _demands: Demands,
+}
+
+fn plan(name: &str, ports: &[u16], mode: Mode) -> Plan {
+    Plan {
+        service: format!("default/{name}"),
+        name: format!("{name}-1"),
+        service_account: name.into(),
+        labels: vec![],
+        ports: ports.iter().map(|port| PlannedPort { port: *port, protocol: plan::Protocol::Detect }).collect(),
+        health: None,
+        capture: Capture::None,
+        mode,
+        control: vec![],
+        join_token_file: None,
+        state: "/nonexistent".into(),
+        address: None,
+        network: String::new(),
+        locality: String::new(),
+        listeners: vec![],
+        namespace_sockets: None,
+        namespace_tables: vec![],
+        supervisor: None,
+        proxy_user: None,
+        env_credentials: None,
+        workload_user: None,
+        resolvers: vec![],
+        host_ports: vec![],
+        access_log: false,
+        drain_grace_ms: 1000,
+    }
+}
+
+fn beside(ca: &Authority, name: &str, ports: &[u16], mode: Mode) -> Beside {
+    let (leave, watch) = drain::channel();
+    let (demand, demands) = Demand::channel();
+    let proxy = Arc::new(Proxy {
+        plan: plan(name, ports, mode),
+        snapshot: Arc::new(ArcSwap::from_pointee(Snapshot::new(DnsLabel::parse("default").unwrap()))),
+        demand,
+        credentials: Arc::new(ArcSwapOption::from(Some(ca.credentials("default", name)))),
+        metrics: Arc::new(Metrics::new(1000)),
+        endpoints: Table::default(),
+        drain: watch,
+        inside: None,
+        listening: None,
+    });
+    let worker = Rc::new(Worker::new(proxy.clone(), None).unwrap());
+    Beside { proxy, worker, leave, _demands: demands }
+}
+
+impl Beside {
+    async fn door(&self, traffic: Traffic) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        spawn_local(accept(self.worker.clone(), listener, traffic, Open::default()));
+        address
+    }
+
+    /// Teaches the proxy a service and its endpoints: where each is dialled, and its application's port.
+    fn knows(&self, service: &str, protocol: Protocol, endpoints: &[(SocketAddr, u16)]) {
+        let name = ServiceName::parse(service).unwrap();
+        let mut snapshot = Snapshot::clone(&self.proxy.snapshot.load());
+        snapshot.put_service(Arc::new(Service {
+            name: name.clone(),
+            hosts: vec![name.host("mesh.internal").into()],
+            addresses: vec![],
+            ports: vec![ServicePort { port: 80, protocol }],
+        }));
+        self.proxy.snapshot.store(Arc::new(snapshot));
+        let endpoints = endpoints.iter().map(|(address, port)| {
+            Arc::new(Endpoint {
+                workload: format!("local/host/{service}-{address}").into(),
+                service_port: 80,
+                address: *address,
+                workload_port: *port,
+                server_name: name.server_name(*port, "mesh.internal").into(),
+                hop: Hop::Sheer1,
+                health: Health::Healthy,
+                weight: 1,
+            })
+        });
+        let id = SpiffeId::parse(&format!("spiffe://mesh.internal/ns/default/sa/{}", name.name)).unwrap();
+        self.proxy.endpoints.set(&name, Arc::new(EndpointSet::new(vec![id], endpoints.collect())));
+    }
+
+    /// Status, gRPC status and reason of each answer counted on edges to or from this side, with its count.
+    fn counted(&self) -> Vec<(String, u16, String, u64)> {
+        let edges = self.proxy.metrics.edges();
+        let all = edges.iter().flat_map(|(key, edge)| {
+            edge.answers()
+                .into_iter()
+                .map(|it| (format!("{}>{}", key.source, key.destination), it.status, it.reason.to_owned(), it.count))
+        });
+        let mut all: Vec<_> = all.collect();
+        all.sort();
+        all
+    }
+}
+
+/// An application that answers HTTP/1.1 with a text and what it was told about its caller.
+async fn application(text: &'static str) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    spawn_local(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            spawn_local(async move {
+                let mut all = Vec::new();
+                loop {
+                    while !all.windows(4).any(|it| it == b"\r\n\r\n") {
+                        if stream.read_buf(&mut all).await.unwrap_or(0) == 0 {
+                            return;
+                        }
+                    }
+                    let head = String::from_utf8_lossy(&all).to_ascii_lowercase();
+                    let callers: Vec<_> = head.lines().filter(|it| it.starts_with("x-forwarded-client-cert")).collect();
+                    let body = format!("{text}\n{}", callers.join("\n"));
+                    let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+                    stream.write_all(answer.as_bytes()).await.unwrap();
+                    all.clear();
+                }
+            });
+        }
+    });
+    port
+}
+
+async fn get(address: SocketAddr, target: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!(
+        "GET {target} HTTP/1.1\r\nHost: web\r\nX-Forwarded-Client-Cert: URI=spiffe://me\r\nConnection: close\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+async fn refusing_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+}
+
+async fn until(what: &str, mut is: impl FnMut() -> bool) {
+    let waited = async {
+        while !is() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), waited).await.unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+fn upstream(service: &str) -> Traffic {
+    Traffic::Upstream(ServiceName::parse(service).unwrap(), 80)
+}
+
+/// `api` calls `web` through both proxies.
+async fn two(protocol: Protocol, port: u16) -> (Beside, Beside, SocketAddr) {
+    let ca = Authority::new("mesh.internal");
+    let web = beside(&ca, "web", &[port], Mode::Strict);
+    let inbound = web.door(Traffic::Inbound).await;
+    let api = beside(&ca, "api", &[], Mode::Strict);
+    api.knows("default/web", protocol, &[(inbound, port)]);
+    let door = api.door(upstream("web")).await;
+    (api, web, door)
+}
+
+#[tokio::test]
+async fn a_request_crosses_the_mesh_with_its_callers_identity() {
+    let test = async {
+        let port = application("hello").await;
+        let (api, web, door) = two(Protocol::Detect, port).await;
+        for _ in 0..3 {
+            let answer = get(door, "/a?b=c").await;
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+            assert!(
+                answer.ends_with("hello\nx-forwarded-client-cert: uri=spiffe://mesh.internal/ns/default/sa/api"),
+                "{answer}"
+            );
+        }
+        let counted = |from: &str| vec![(format!("{from}>default/web"), 200, String::new(), 3)];
+        assert_eq!(api.counted(), counted("default/api"));
+        assert_eq!(web.counted(), counted("default/api"));
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn streams_trailers_and_many_requests_at_once_cross_over_http2() {
+    let test = async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        spawn_local(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                spawn_local(async move {
+                    let mut connection = h2::server::handshake(stream).await.unwrap();
+                    while let Some(Ok((request, mut respond))) = connection.accept().await {
+                        spawn_local(async move {
+                            let mut body = request.into_body();
+                            let mut answer = respond.send_response(http::Response::new(()), false).unwrap();
+                            // Echoes as it arrives: a bidirectional stream.
+                            while let Some(Ok(bytes)) = body.data().await {
+                                let _ = body.flow_control().release_capacity(bytes.len());
+                                answer.send_data(bytes, false).unwrap();
+                            }
+                            let status = http::HeaderMap::from_iter([(
+                                "grpc-status".parse::<http::HeaderName>().unwrap(),
+                                http::HeaderValue::from_static("5"),
+                            )]);
+                            answer.send_trailers(status).unwrap();
+                        });
+                    }
+                });
+            }
+        });
+        let (api, web, door) = two(Protocol::Grpc, port).await;
+        let (client, connection) = h2::client::handshake(TcpStream::connect(door).await.unwrap()).await.unwrap();
+        spawn_local(connection);
+        let calls = (0..20).map(|_| {
+            let mut client = client.clone();
+            async move {
+                let request = http::Request::post("http://web/pkg.Service/Call")
+                    .header("content-type", "application/grpc")
+                    .header("te", "trailers")
+                    .body(())
+                    .unwrap();
+                let (response, mut sender) = client.send_request(request, false).unwrap();
+                sender.send_data(Bytes::from_static(b"one"), false).unwrap();
+                let mut body = response.await.unwrap().into_body();
+                assert_eq!(body.data().await.unwrap().unwrap(), "one");
+                sender.send_data(Bytes::from_static(b"two"), true).unwrap();
+                assert_eq!(body.data().await.unwrap().unwrap(), "two");
+                assert!(body.data().await.is_none());
+                assert_eq!(body.trailers().await.unwrap().unwrap()["grpc-status"], "5");
+            }
+        });
+        futures::future::join_all(calls).await;
+        let answered = |side: &Beside| {
+            side.proxy
+                .metrics
+                .edges()
+                .iter()
+                .flat_map(|(_, edge)| edge.answers())
+                .any(|it| it.grpc_status == Some(5) && it.count == 20)
+        };
+        until("both sides counted the status", || answered(&api) && answered(&web)).await;
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn bytes_cross_the_mesh_also_when_the_server_speaks_first() {
+    let test = async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        spawn_local(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                spawn_local(async move {
+                    stream.write_all(b"welcome\n").await.unwrap();
+                    let (mut read, mut write) = stream.split();
+                    let _ = tokio::io::copy(&mut read, &mut write).await;
+                    let _ = write.shutdown().await;
+                });
+            }
+        });
+        let (api, web, door) = two(Protocol::Detect, port).await;
+        for _ in 0..2 {
+            let mut stream = TcpStream::connect(door).await.unwrap();
+            let mut greeting = [0; 8];
+            stream.read_exact(&mut greeting).await.unwrap();
+            assert_eq!(&greeting, b"welcome\n");
+            stream.write_all(&[7; 100_000]).await.unwrap();
+            stream.shutdown().await.unwrap();
+            let mut back = Vec::new();
+            stream.read_to_end(&mut back).await.unwrap();
+            assert_eq!(back, [7; 100_000]);
+        }
+        let counted = vec![("default/api>default/web".to_owned(), 0, String::new(), 2)];
+        until("both sides counted both connections", || api.counted() == counted && web.counted() == counted).await;
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn a_refused_connect_goes_to_another_endpoint() {
+    let test = async {
+        let port = application("hello").await;
+        let (api, _web, door) = two(Protocol::Http, port).await;
+        let inbound = api.proxy.endpoints.get(&ServiceName::parse("web").unwrap()).unwrap().load_full().unwrap();
+        let good = inbound.of_port(80)[0].endpoint.address;
+        api.knows("default/web", Protocol::Http, &[(refusing_address().await, port), (good, port)]);
+        for _ in 0..10 {
+            assert!(get(door, "/").await.starts_with("HTTP/1.1 200"));
+        }
+        api.knows("default/web", Protocol::Http, &[(refusing_address().await, port)]);
+        let answer = get(door, "/").await;
+        assert!(answer.starts_with("HTTP/1.1 502"), "{answer}");
+        assert!(answer.contains("x-sheer-reason: connect-refused; at=default/api-1; to=127.0.0.1:"), "{answer}");
+        assert!(api.counted().contains(&("default/api>default/web".into(), 502, "connect-refused".into(), 1)));
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn what_a_leaving_proxy_did_not_process_is_sent_elsewhere() {
+    let test = async {
+        let port = application("hello").await;
+        let ca = Authority::new("mesh.internal");
+        let (one, other) = (beside(&ca, "web", &[port], Mode::Strict), beside(&ca, "web", &[port], Mode::Strict));
+        let doors = [(one.door(Traffic::Inbound).await, port), (other.door(Traffic::Inbound).await, port)];
+        let api = beside(&ca, "api", &[], Mode::Strict);
+        api.knows("default/web", Protocol::Http, &doors);
+        let door = api.door(upstream("web")).await;
+        // Without a second endpoint the refusal itself is seen.
+        one.leave.set(Phase::Refusing);
+        for _ in 0..20 {
+            assert!(get(door, "/").await.starts_with("HTTP/1.1 200"));
+        }
+        other.leave.set(Phase::Refusing);
+        let answer = get(door, "/").await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("x-sheer-reason: draining"), "{answer}");
+        assert!(!answer.contains("sheer-drain"), "{answer}");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn somebody_else_at_the_endpoint_gets_no_byte() {
+    let test = async {
+        let port = application("hello").await;
+        let ca = Authority::new("mesh.internal");
+        // It has a certificate of the mesh and claims the service's name and port, but not its identity.
+        let thief = beside(&ca, "thief", &[port], Mode::Strict);
+        let inbound = thief.door(Traffic::Inbound).await;
+        let api = beside(&ca, "api", &[], Mode::Strict);
+        api.knows("default/web", Protocol::Http, &[(inbound, port)]);
+        let answer = get(api.door(upstream("web")).await, "/").await;
+        assert!(answer.starts_with("HTTP/1.1 502") && answer.contains("x-sheer-reason: identity-mismatch"), "{answer}");
+        assert!(answer.contains("spiffe://mesh.internal/ns/default/sa/thief answered"), "{answer}");
+        assert!(thief.counted().is_empty());
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn plaintext_to_a_strict_workload_is_refused_with_a_reason() {
+    let test = async {
+        let port = application("hello").await;
+        let ca = Authority::new("mesh.internal");
+        let web = beside(&ca, "web", &[port], Mode::Strict);
+        let answer = get(web.door(Traffic::Inbound).await, "/").await;
+        assert!(answer.starts_with("HTTP/1.1 403") && answer.contains("x-sheer-reason: plaintext-refused"), "{answer}");
+        assert!(answer.contains("spec.plaintext"), "{answer}");
+        // The published door is open to everybody on this host, and tells strangers no more than they need.
+        let published = web.door(Traffic::Published(port)).await;
+        let answer = get(published, "/").await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("hello\n"), "{answer}");
+        assert!(!answer.contains("spiffe"), "{answer}");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn a_port_that_is_not_declared_is_not_served() {
+    let test = async {
+        let (port, hidden) = (application("hello").await, application("hidden").await);
+        let (api, _web, door) = two(Protocol::Http, port).await;
+        let web = ServiceName::parse("web").unwrap();
+        let inbound = api.proxy.endpoints.get(&web).unwrap().load_full().unwrap().of_port(80)[0].endpoint.address;
+        api.knows("default/web", Protocol::Http, &[(inbound, hidden)]);
+        let answer = get(door, "/").await;
+        assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("x-sheer-reason: port-not-declared"), "{answer}");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_up_is_counted_on_both_sides() {
+    let test = async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let asked = Rc::new(Cell::new(0));
+        let count = asked.clone();
+        spawn_local(async move {
+            let mut kept = Vec::new();
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut some = [0; 1024];
+                if stream.read(&mut some).await.unwrap_or(0) > 0 {
+                    count.set(count.get() + 1);
+                }
+                kept.push(stream);
+            }
+        });
+        let (api, web, door) = two(Protocol::Http, port).await;
+        let mut stream = TcpStream::connect(door).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n").await.unwrap();
+        until("the application is asked", || asked.get() == 1).await;
+        drop(stream);
+        let gone = vec![("default/api>default/web".to_owned(), 400, "client-gone".to_owned(), 1)];
+        until("both sides counted it", || api.counted() == gone && web.counted() == gone).await;
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn a_route_shares_between_backends_and_changes_under_way() {
+    let test = async {
+        let (old, new) = (application("v1").await, application("v2").await);
+        let ca = Authority::new("mesh.internal");
+        let (v1, v2) = (beside(&ca, "v1", &[old], Mode::Strict), beside(&ca, "v2", &[new], Mode::Strict));
+        let api = beside(&ca, "api", &[], Mode::Strict);
+        api.knows("default/v1", Protocol::Http, &[(v1.door(Traffic::Inbound).await, old)]);
+        api.knows("default/v2", Protocol::Http, &[(v2.door(Traffic::Inbound).await, new)]);
+        api.knows("default/web", Protocol::Http, &[]);
+        let door = api.door(upstream("web")).await;
+        for (shares, expected) in [([1, 0], "v1"), ([0, 1], "v2")] {
+            let backends = ["default/v1", "default/v2"].into_iter().zip(shares).map(|(name, weight)| Backend {
+                service: ServiceName::parse(name).unwrap(),
+                port: 80,
+                weight,
+                valid: true,
+            });
+            let rule = Rule {
+                route: "default/split".into(),
+                index: 0,
+                backends: backends.collect(),
+                timeouts: Timeouts::default(),
+                request_edits: vec![],
+                response_edits: vec![sheer_core::route::Edit::Set("x-rule".into(), "split".into())],
+            };
+            let attached = Attached {
+                port: 80,
+                consumer: None,
+                hostnames: vec![],
+                created: String::new(),
+                matches: vec![],
+                rule: Arc::new(rule),
+            };
+            let mut snapshot = Snapshot::clone(&api.proxy.snapshot.load());
+            snapshot.set_routes(ServiceName::parse("web").unwrap(), Some(Rules::new(vec![attached])));
+            api.proxy.snapshot.store(Arc::new(snapshot));
+            for _ in 0..5 {
+                let answer = get(door, "/").await;
+                assert!(
+                    answer.contains(&format!("\r\n\r\n{expected}")) && answer.contains("x-rule: split"),
+                    "{answer}"
+                );
+            }
+        }
+        let edges = api.proxy.metrics.edges();
+        let backends: Vec<_> = edges.iter().map(|(key, _)| (&*key.route, &*key.backend)).collect();
+        assert!(
+            backends.contains(&("default/split", "default/v1")) && backends.contains(&("default/split", "default/v2"))
+        );
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn a_service_that_the_control_plane_does_not_tell_of_fails_after_a_second() {
+    let test = async {
+        let ca = Authority::new("mesh.internal");
+        let api = beside(&ca, "api", &[], Mode::Strict);
+        api.knows("default/web", Protocol::Http, &[]);
+        api.proxy.endpoints.remove(&ServiceName::parse("web").unwrap());
+        let door = api.door(upstream("web")).await;
+        let answer = get(door, "/").await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("control-plane-away"), "{answer}");
+        // The same as gRPC.
+        let (mut client, connection) = h2::client::handshake(TcpStream::connect(door).await.unwrap()).await.unwrap();
+        spawn_local(connection);
+        let request = http::Request::post("http://web/a").header("content-type", "application/grpc").body(()).unwrap();
+        let response = client.send_request(request, true).unwrap().0.await.unwrap();
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["grpc-status"], "14");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn a_connection_becomes_a_tunnel() {
+    let test = async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        spawn_local(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                stream.read_buf(&mut head).await.unwrap();
+            }
+            stream
+                .write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n")
+                .await
+                .unwrap();
+            let (mut read, mut write) = stream.split();
+            let _ = tokio::io::copy(&mut read, &mut write).await;
+        });
+        let (_api, web, door) = two(Protocol::Http, port).await;
+        let mut stream = TcpStream::connect(door).await.unwrap();
+        let request = b"GET / HTTP/1.1\r\nHost: web\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            stream.read_buf(&mut head).await.unwrap();
+        }
+        assert!(head.starts_with(b"HTTP/1.1 101"));
+        stream.write_all(b"ping").await.unwrap();
+        let mut echo = [0; 4];
+        stream.read_exact(&mut echo).await.unwrap();
+        assert_eq!(&echo, b"ping");
+        drop(stream);
+        until("the tunnel is counted", || web.counted() == [("default/api>default/web".into(), 101, String::new(), 1)])
+            .await;
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+/// Futures of the path are large because everything is inline; they are boxed by their task alone.
+#[test]
+fn bodies_stay_small() {
+    assert!(size_of::<Body>() <= 96, "{}", size_of::<Body>());
+}

@@ -1,0 +1,299 @@
+//! Traffic leaving the workload.
+//!
+//! ```text
+//! accept -> destination -> what is spoken -> [request: known -> route -> edits -> send, elsewhere if not processed]
+//!                                         -> [bytes: connect, elsewhere if refused -> relay]
+//! ```
+
+mod detection;
+
+use crate::body::{Request, Response};
+use crate::connection::{self, Answer, Caller, Spoken};
+use crate::error::{Audience, RequestError};
+use crate::io::Io;
+use crate::metrics::{Edge, Protocol};
+use crate::plan::Mode;
+use crate::platform::original_destination;
+use crate::record::{ConnectionRecord, Line, Record};
+use crate::send::{self, Opened};
+use crate::tcp;
+use crate::upstream::endpoint::{Live, LiveEndpoint};
+use crate::worker::Worker;
+use bytes::{Bytes, BytesMut};
+use detection::Verdict;
+use sheer_core::cause::Cause;
+use sheer_core::head::{Fields, RequestHead, Version};
+use sheer_core::name::ServiceName;
+use sheer_core::route::{self, Edit, Rule};
+use sheer_core::snapshot::{Hop, Service, ServicePort, Snapshot, Timeouts};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use tokio::net::TcpStream;
+
+/// What a connection's listener says of where it is going.
+#[derive(Clone, Debug)]
+pub enum Asked {
+    /// To where it was going before it was captured.
+    Original,
+    /// To this service and port.
+    Service(ServiceName, u16),
+}
+
+/// Where a connection leads.
+#[derive(Clone, Debug)]
+enum Destination {
+    /// A port of a service.
+    Service(Arc<Service>, ServicePort),
+    /// One workload of the mesh, by its own address.
+    Workload(ServiceName, Arc<Live>, LiveEndpoint),
+    /// An address that is not the mesh's.
+    External(SocketAddr),
+    /// Nowhere, for this reason.
+    Nowhere(Cause),
+}
+
+/// Serves one connection of the workload.
+pub async fn accept(worker: Rc<Worker>, stream: TcpStream, asked: Asked) {
+    let destination = destination(&worker, &stream, asked);
+    let mut io = Io::Plain(stream);
+    let mut prefix = BytesMut::new();
+    match detection::verdict(&worker, &destination, &mut io, &mut prefix).await {
+        Verdict::Http(spoken) => http(worker, io, prefix, spoken, destination).await,
+        Verdict::Bytes(opened) => bytes(&worker, io, prefix.freeze(), &destination, opened).await,
+        Verdict::Gone => {}
+    }
+}
+
+/// The service at a virtual address, the workload at its own, or the world outside.
+fn destination(worker: &Worker, stream: &TcpStream, asked: Asked) -> Destination {
+    let snapshot = worker.snapshot();
+    let address = match asked {
+        Asked::Service(name, port) => return of_service(snapshot.service(&name), port),
+        Asked::Original => match original_destination(stream) {
+            Some(address) => SocketAddr::new(address.ip().to_canonical(), address.port()),
+            None => return Destination::Nowhere(Cause::DestinationForbidden),
+        },
+    };
+    if let Some(service) = snapshot.service_at(address.ip()) {
+        return of_service(Some(service), address.port());
+    }
+    if snapshot.is_unassigned_virtual(address.ip()) {
+        return Destination::Nowhere(Cause::UnknownDestination);
+    }
+    let is_own_host = address.ip().is_loopback() || address.ip().is_unspecified();
+    if is_own_host && !worker.proxy.plan.host_ports.contains(&address.port()) {
+        return Destination::Nowhere(Cause::DestinationForbidden);
+    }
+    if worker.proxy.plan.mode != Mode::Watch
+        && let Some((service, live, endpoint)) = worker.proxy.endpoints.at(address)
+    {
+        return Destination::Workload(service, live, endpoint);
+    }
+    match snapshot.mesh().deny_unknown_egress {
+        true => Destination::Nowhere(Cause::UnknownDestination),
+        false => Destination::External(address),
+    }
+}
+
+fn of_service(service: Option<&Arc<Service>>, port: u16) -> Destination {
+    match service.map(|service| (service, service.port(port))) {
+        Some((service, Some(port))) => Destination::Service(service.clone(), port),
+        Some((_, None)) => Destination::Nowhere(Cause::UnknownPort),
+        None => Destination::Nowhere(Cause::UnknownDestination),
+    }
+}
+
+/// Serves the requests of one connection.
+async fn http(worker: Rc<Worker>, io: Io, prefix: BytesMut, spoken: Spoken, destination: Destination) {
+    let own = worker.clone();
+    let service = async move |request| serve(&own, &destination, request).await;
+    connection::serve(&worker, io, prefix, spoken, service).await;
+}
+
+/// Serves one request leaving the workload. The stages run in this order.
+async fn serve(worker: &Worker, destination: &Destination, request: Request) -> Answer {
+    let caller = Caller::of(&request.head, Audience::Mesh);
+    let line = worker.line(|| Line::of_request("outbound", &worker.source, &request.head));
+    let mut record = Record::begin(worker.unknown_edge(), line);
+    let result = forward(worker, destination, request, &mut record).await;
+    connection::answer(worker, caller, record, result)
+}
+
+async fn forward(
+    worker: &Worker,
+    destination: &Destination,
+    request: Request,
+    record: &mut Record,
+) -> Result<Response, RequestError> {
+    let Request { head, body, interim } = request;
+    let protocol = protocol_of(&head);
+    let outgoing = send::Outgoing { head, body: record.meter(body), interim };
+    match destination {
+        Destination::Service(service, port) => {
+            let snapshot = known(worker, &service.name).await?;
+            to_service(worker, &snapshot, service, *port, outgoing, record).await
+        }
+        Destination::Workload(service, live, endpoint) => {
+            record.on(worker.named_edge(&service.to_string(), protocol));
+            let only = std::slice::from_ref(endpoint);
+            send::to_one_of(worker, only, &live.identities, outgoing, record).await
+        }
+        Destination::External(address) => {
+            record.on(worker.named_edge("external", protocol));
+            send::outside(worker, *address, outgoing, record).await
+        }
+        Destination::Nowhere(cause) => Err((*cause).into()),
+    }
+}
+
+async fn to_service(
+    worker: &Worker,
+    snapshot: &Arc<Snapshot>,
+    service: &Arc<Service>,
+    port: ServicePort,
+    mut outgoing: send::Outgoing,
+    record: &mut Record,
+) -> Result<Response, RequestError> {
+    let rule = route(snapshot, service, port, &outgoing.head)?;
+    let (backend, backend_port) = backend(worker, service, port, rule.as_ref())?;
+    let snapshot = known(worker, backend).await?;
+    let live = worker.live(backend).ok_or(Cause::ControlPlaneAway)?;
+    let endpoints = live.of_port(backend_port);
+    let mtls = endpoints.first().is_some_and(|it| it.endpoint.hop == Hop::Sheer1);
+    let protocol = protocol_of(&outgoing.head);
+    record.on(worker.outbound_edge(&snapshot, service, rule.as_ref(), backend, protocol, mtls));
+    if let Some(line) = record.line() {
+        line.destination = service.name.to_string();
+        line.route = rule.as_ref().map(|rule| rule.route.to_string()).unwrap_or_default();
+    }
+    drop(snapshot);
+    let Some(rule) = rule.as_deref() else {
+        return send::to_one_of(worker, endpoints, &live.identities, outgoing, record).await;
+    };
+    edit(&mut outgoing.head.fields, &rule.request_edits)?;
+    let Timeouts { request, backend: attempt } = rule.timeouts;
+    let deadline = request.map(|limit| record.started() + limit);
+    let sent = send::within(deadline, attempt, send::to_one_of(worker, endpoints, &live.identities, outgoing, record));
+    let mut response = sent.await?;
+    edit(&mut response.head.fields, &rule.response_edits)?;
+    Ok(response)
+}
+
+/// A configuration that knows the service's routes and endpoints: at its first use they are waited for.
+async fn known(worker: &Worker, service: &ServiceName) -> Result<Arc<Snapshot>, Cause> {
+    if worker.live(service).is_none() {
+        let endpoints = &worker.proxy.endpoints;
+        worker.proxy.demand.first_use(service, || endpoints.get(service).is_some_and(|it| it.load().is_some())).await?;
+    }
+    Ok(worker.snapshot())
+}
+
+fn route(
+    snapshot: &Snapshot,
+    service: &Service,
+    port: ServicePort,
+    head: &RequestHead,
+) -> Result<Option<Arc<Rule>>, Cause> {
+    match snapshot.route(service, port.port, head) {
+        route::Verdict::Unrouted => Ok(None),
+        route::Verdict::Rule(rule) => Ok(Some(rule.clone())),
+        route::Verdict::NoMatch => Err(Cause::NoRoute),
+    }
+}
+
+/// The backend of the rule, or the service itself.
+fn backend<'a>(
+    worker: &Worker,
+    service: &'a Service,
+    port: ServicePort,
+    rule: Option<&'a Arc<Rule>>,
+) -> Result<(&'a ServiceName, u16), Cause> {
+    match rule {
+        None => Ok((&service.name, port.port)),
+        Some(rule) => rule.backend(worker.random()).map(|backend| (&backend.service, backend.port)),
+    }
+}
+
+fn edit(fields: &mut Fields, edits: &[Edit]) -> Result<(), RequestError> {
+    for edit in edits {
+        match edit {
+            Edit::Set(name, value) => fields.set(name, value.as_bytes()),
+            Edit::Add(name, value) => fields.append(name, value.as_bytes()),
+            Edit::Remove(name) => {
+                fields.remove(name);
+                Ok(())
+            }
+        }
+        .map_err(|error| RequestError::because(Cause::HeadTooLarge, error))?;
+    }
+    Ok(())
+}
+
+fn protocol_of(head: &RequestHead) -> Protocol {
+    match head.version {
+        Version::Http10 | Version::Http11 => Protocol::Http1,
+        Version::Http2 if head.is_grpc() => Protocol::Grpc,
+        Version::Http2 => Protocol::Http2,
+    }
+}
+
+/// Carries one connection of bytes.
+async fn bytes(worker: &Worker, mut near: Io, read: Bytes, destination: &Destination, opened: Option<Opened>) {
+    let line =
+        worker.line(|| Line { destination: name_of(destination), ..Line::of_connection("outbound", &worker.source) });
+    let mut record = ConnectionRecord::begin(edge_of_bytes(worker, destination), line);
+    let opened = match opened {
+        Some(opened) => Ok(opened),
+        None => connect(worker, destination).await,
+    };
+    match opened {
+        Ok((mut far, said, _in_flight)) => {
+            record.connected();
+            // A reset of either side is the end that the other side has been given as well.
+            let _ = tcp::relay((&mut near, read), (&mut far, said), &record.counts).await;
+        }
+        Err(error) => {
+            tracing::debug!(cause = %error.cause, to = ?error.to, "a connection leads nowhere");
+            record.failed(error.cause);
+            tcp::reset(&near);
+        }
+    }
+}
+
+/// Opens a connection for bytes.
+async fn connect(worker: &Worker, destination: &Destination) -> Result<Opened, RequestError> {
+    match destination {
+        Destination::Service(service, port) => {
+            known(worker, &service.name).await?;
+            let live = worker.live(&service.name).ok_or(Cause::ControlPlaneAway)?;
+            send::connect_to_one_of(worker, live.of_port(port.port), &live.identities).await
+        }
+        Destination::Workload(_, live, endpoint) => {
+            send::connect_to_one_of(worker, std::slice::from_ref(endpoint), &live.identities).await
+        }
+        Destination::External(address) => send::connect_outside(worker, *address).await,
+        Destination::Nowhere(cause) => Err((*cause).into()),
+    }
+}
+
+fn name_of(destination: &Destination) -> String {
+    match destination {
+        Destination::Service(service, _) => service.name.to_string(),
+        Destination::Workload(service, ..) => service.to_string(),
+        Destination::External(_) => "external".to_owned(),
+        Destination::Nowhere(_) => "unknown".to_owned(),
+    }
+}
+
+fn edge_of_bytes(worker: &Worker, destination: &Destination) -> Arc<Edge> {
+    match destination {
+        Destination::Service(service, port) => {
+            let live = worker.live(&service.name);
+            let first = live.as_ref().and_then(|live| live.of_port(port.port).first());
+            let mtls = first.is_none_or(|it| it.endpoint.hop == Hop::Sheer1);
+            worker.outbound_edge(&worker.snapshot(), service, None, &service.name, Protocol::Tcp, mtls)
+        }
+        other => worker.named_edge(&name_of(other), Protocol::Tcp),
+    }
+}

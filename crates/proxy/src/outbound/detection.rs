@@ -1,0 +1,123 @@
+//! What is spoken on a connection of the workload. Never stalls a protocol in which the server speaks first.
+//!
+//! The declared protocol wins; then a list of ports whose servers speak first; else the client's first bytes. A client
+//! that says nothing for 50 ms is taken to wait for its server: the server is dialled, and whoever speaks first decides.
+
+use super::{Destination, connect};
+use crate::connection::Spoken;
+use crate::detect::{self, Protocol};
+use crate::io::Io;
+use crate::send::Opened;
+use crate::worker::Worker;
+use bytes::{Bytes, BytesMut};
+use sheer_core::snapshot;
+use std::time::Duration;
+use tokio::io::AsyncReadExt;
+use tokio::time::timeout;
+
+/// How long a client may be silent before its server is asked.
+const SILENCE: Duration = Duration::from_millis(50);
+
+/// Ports whose servers speak first, or whose protocol is never HTTP: SMTP, submission, POP3, IMAP, SSH, FTP, MySQL,
+/// PostgreSQL, Redis, memcached, AMQP, MongoDB, Cassandra, ZooKeeper, Kafka, NATS, MQTT.
+const OPAQUE_PORTS: &[u16] =
+    &[21, 22, 25, 110, 143, 587, 1883, 2181, 3306, 4222, 4444, 5432, 5672, 6379, 9042, 9092, 11211, 27017];
+
+/// What is to be done with a connection.
+pub(super) enum Verdict {
+    /// Its requests are served.
+    Http(Spoken),
+    /// Its bytes are carried, over a connection that is open already or one to be opened.
+    Bytes(Option<Opened>),
+    /// The client is gone.
+    Gone,
+}
+
+/// Decides, reading what is needed into `prefix`.
+pub(super) async fn verdict(worker: &Worker, to: &Destination, io: &mut Io, prefix: &mut BytesMut) -> Verdict {
+    let (declared, port) = match to {
+        Destination::Service(_, port) => (port.protocol, port.port),
+        Destination::Workload(_, _, live) => (snapshot::Protocol::Detect, live.endpoint.workload_port),
+        Destination::External(address) => (snapshot::Protocol::Detect, address.port()),
+        Destination::Nowhere(_) => (snapshot::Protocol::Detect, 0),
+    };
+    match declared {
+        snapshot::Protocol::Http2 | snapshot::Protocol::Grpc => Verdict::Http(Spoken::Http2),
+        snapshot::Protocol::Tcp | snapshot::Protocol::Tls => Verdict::Bytes(None),
+        snapshot::Protocol::Http => match detect::detect(io, prefix).await {
+            Ok(Some(Protocol::Http2)) => Verdict::Http(Spoken::Http2),
+            // Whatever else it is, the codec says what is wrong with it.
+            Ok(Some(_)) => Verdict::Http(Spoken::Http1),
+            Ok(None) | Err(_) => Verdict::Gone,
+        },
+        snapshot::Protocol::Detect if OPAQUE_PORTS.contains(&port) || is_learned(worker, to) => Verdict::Bytes(None),
+        snapshot::Protocol::Detect => match timeout(SILENCE, detect::detect(io, prefix)).await {
+            Ok(spoken) => of_client(spoken),
+            Err(_) => whoever_speaks_first(worker, to, io, prefix).await,
+        },
+    }
+}
+
+fn of_client(spoken: std::io::Result<Option<Protocol>>) -> Verdict {
+    match spoken {
+        Ok(Some(Protocol::Http1)) => Verdict::Http(Spoken::Http1),
+        Ok(Some(Protocol::Http2)) => Verdict::Http(Spoken::Http2),
+        Ok(Some(Protocol::Tls(_) | Protocol::Opaque)) => Verdict::Bytes(None),
+        Ok(None) | Err(_) => Verdict::Gone,
+    }
+}
+
+async fn whoever_speaks_first(worker: &Worker, to: &Destination, io: &mut Io, prefix: &mut BytesMut) -> Verdict {
+    let Ok((mut far, _, in_flight)) = connect(worker, to).await else {
+        // Why it leads nowhere is told in the client's own protocol, once it has spoken.
+        return of_client(detect::detect(io, prefix).await);
+    };
+    let mut said = BytesMut::new();
+    // Both reads keep what they have read in their buffers, so the loser loses nothing.
+    tokio::select! {
+        biased;
+        spoken = detect::detect(io, prefix) => match of_client(spoken) {
+            Verdict::Bytes(_) => Verdict::Bytes(Some((far, Bytes::new(), in_flight))),
+            other => other,
+        },
+        read = far.read_buf(&mut said) => {
+            if read.is_ok() && is_http2_settings(&said) {
+                return Verdict::Http(Spoken::Http2);
+            }
+            if read.is_ok_and(|count| count > 0) {
+                learn(worker, to);
+            }
+            Verdict::Bytes(Some((far, said.freeze(), in_flight)))
+        }
+    }
+}
+
+/// A SETTINGS frame of stream 0, which HTTP/2 servers send at once (RFC 9113, section 3.4).
+fn is_http2_settings(bytes: &[u8]) -> bool {
+    bytes.len() >= 9 && bytes[3] == 4 && bytes[4] & !1 == 0 && bytes[5..9] == [0; 4]
+}
+
+fn is_learned(worker: &Worker, to: &Destination) -> bool {
+    match to {
+        Destination::Service(service, port) => worker.is_server_first(&service.name, port.port),
+        _ => false,
+    }
+}
+
+fn learn(worker: &Worker, to: &Destination) {
+    if let Destination::Service(service, port) = to {
+        worker.learn_server_first(&service.name, port.port);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_settings_frame_is_told_from_a_greeting() {
+        assert!(is_http2_settings(&[0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 100]));
+        assert!(!is_http2_settings(b"220 mail.example ESMTP\r\n"));
+        assert!(!is_http2_settings(&[0x4a, 0, 0, 0, 0x0a, 0x38, 0x2e, 0x30, 0x2e]));
+    }
+}

@@ -1,0 +1,276 @@
+//! Sending a request to one of several endpoints, and to another when it was provably not processed.
+
+use crate::body::{Body, Interim, Response};
+use crate::error::RequestError;
+use crate::h1::client::Sent;
+use crate::io::Io;
+use crate::record::Record;
+use crate::upstream::dial::{DialError, Place};
+use crate::upstream::endpoint::{InFlight, LiveEndpoint};
+use crate::worker::Worker;
+use bytes::Bytes;
+use http::StatusCode;
+use sheer_core::balance;
+use sheer_core::cause::Cause;
+use sheer_core::head::{Known, RequestHead, Version};
+use sheer_core::identity::SpiffeId;
+use sheer_core::retry::{MAX_TRIES, Progress, may_retry};
+use sheer_core::snapshot::Hop;
+use smallvec::SmallVec;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A request on its way out.
+pub(crate) struct Outgoing {
+    pub(crate) head: RequestHead,
+    pub(crate) body: Body,
+    pub(crate) interim: Interim,
+}
+
+/// A connection for bytes, what its server has said already, and its place at its endpoint.
+pub(crate) type Opened = (Io, Bytes, InFlight);
+
+/// An attempt without a response that can be passed on.
+struct Failure {
+    progress: Progress,
+    cause: Cause,
+    /// The body, when nothing of it was lost.
+    body: Option<Body>,
+    source: Option<Box<dyn std::error::Error>>,
+}
+
+impl From<DialError> for Failure {
+    fn from(error: DialError) -> Self {
+        let source = error.source.map(|source| Box::new(source) as _);
+        Self { progress: Progress::Unsent, cause: error.cause, body: None, source }
+    }
+}
+
+/// Sends to the endpoint that the balancer picks. What was not processed goes to another one.
+pub(crate) async fn to_one_of(
+    worker: &Worker,
+    endpoints: &[LiveEndpoint],
+    identities: &Arc<[SpiffeId]>,
+    outgoing: Outgoing,
+    record: &mut Record,
+) -> Result<Response, RequestError> {
+    let Outgoing { head, mut body, interim } = outgoing;
+    let mut avoided = SmallVec::<[usize; MAX_TRIES as usize]>::new();
+    let mut last = RequestError::from(Cause::NoEndpoint);
+    loop {
+        let Some(place) = balance::pick(endpoints, |place| avoided.contains(&place), worker.random()) else {
+            return Err(last);
+        };
+        let chosen = &endpoints[place];
+        let tries = last.tries + 1;
+        let in_flight = chosen.state.begin();
+        let began = Instant::now();
+        let spare = whole(&body);
+        let failure = match attempt(worker, Place::Endpoint(chosen.clone()), identities, &head, body, &interim).await {
+            Ok(response) => {
+                let waited = began.elapsed();
+                record.waited(waited);
+                match accept(chosen, response, spare) {
+                    Ok(response) => {
+                        chosen.state.observe(waited);
+                        record.hold(in_flight);
+                        if let Some(line) = record.line() {
+                            line.to = Some(chosen.endpoint.address);
+                            line.retries = tries - 1;
+                        }
+                        return Ok(response);
+                    }
+                    Err(declined) => declined,
+                }
+            }
+            Err(failure) => failure,
+        };
+        note(worker, chosen, &failure);
+        let is_its_fault =
+            !matches!(failure.progress, Progress::StaleConnection) && failure.cause != Cause::UpstreamReset;
+        if is_its_fault {
+            avoided.push(place);
+        }
+        let Failure { progress, cause, body: intact, source } = failure;
+        last = RequestError { source, ..RequestError::from(cause).at(chosen.endpoint.address, tries) };
+        match intact {
+            Some(intact) if may_retry(progress, &head.method, true, tries) => body = intact,
+            _ => return Err(last),
+        }
+    }
+}
+
+/// Takes the response, unless it says that the peer is leaving and has not processed the request.
+fn accept(chosen: &LiveEndpoint, mut response: Response, spare: Option<Body>) -> Result<Response, Failure> {
+    let fields = &mut response.head.fields;
+    if chosen.endpoint.hop == Hop::None {
+        fields.remove_known(&[Known::SheerReason]);
+        return Ok(response);
+    }
+    if fields.get(Known::SheerDrain).is_some() {
+        chosen.state.shun();
+        fields.remove_known(&[Known::SheerDrain]);
+    }
+    let declined = response.head.status == StatusCode::SERVICE_UNAVAILABLE
+        && response.head.fields.get(Known::SheerReason).is_some_and(|it| it.starts_with(b"draining"));
+    match spare {
+        Some(body) if declined => {
+            Err(Failure { progress: Progress::Declined, cause: Cause::Draining, body: Some(body), source: None })
+        }
+        _ => Ok(response),
+    }
+}
+
+/// Remembers what a failure says about the endpoint.
+fn note(worker: &Worker, chosen: &LiveEndpoint, failure: &Failure) {
+    match failure.cause {
+        Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => {
+            chosen.state.shun();
+            worker.proxy.demand.unreachable(&chosen.endpoint.workload);
+        }
+        Cause::IdentityMismatch | Cause::TlsFailed | Cause::Draining | Cause::UpstreamReset => chosen.state.shun(),
+        _ => {}
+    }
+}
+
+/// Sends once, over a kept or a new connection.
+async fn attempt(
+    worker: &Worker,
+    place: Place,
+    identities: &Arc<[SpiffeId]>,
+    head: &RequestHead,
+    body: Body,
+    interim: &Interim,
+) -> Result<Response, Failure> {
+    let peer = worker.pools.peer(&place);
+    if head.version == Version::Http2 {
+        let connection = match worker.pools.http2(&peer, identities).await {
+            Ok(connection) => connection,
+            Err(error) => return Err(Failure { body: Some(body), ..Failure::from(error) }),
+        };
+        return connection.send(head, body).await.map_err(|error| {
+            let progress = if error.unprocessed { Progress::Declined } else { Progress::Unknown };
+            let source = error.source.map(|source| Box::new(source) as _);
+            Failure { progress, cause: error.cause, body: error.body, source }
+        });
+    }
+    let connection = match worker.pools.http1(&peer, identities).await {
+        Ok(connection) => connection,
+        Err(error) => return Err(Failure { body: Some(body), ..Failure::from(error) }),
+    };
+    let spare = whole(&body);
+    connection.send(head, body, interim, Some(peer)).await.map_err(|error| {
+        let progress = match (error.sent, error.stale) {
+            (Sent::Nothing, _) => Progress::Unsent,
+            (Sent::Some, true) => Progress::StaleConnection,
+            (Sent::Some, false) => Progress::Unknown,
+        };
+        let body = error.body.or(spare);
+        Failure { progress, cause: error.cause, body, source: Some(Box::new(error.source)) }
+    })
+}
+
+/// A second copy of a body that is here as a whole.
+fn whole(body: &Body) -> Option<Body> {
+    match body {
+        Body::Empty => Some(Body::Empty),
+        Body::Full(bytes) => Some(Body::Full(bytes.clone())),
+        _ => None,
+    }
+}
+
+/// Sends to an address that is not the mesh's.
+pub(crate) async fn outside(
+    worker: &Worker,
+    address: SocketAddr,
+    outgoing: Outgoing,
+    record: &mut Record,
+) -> Result<Response, RequestError> {
+    let mut response = to_address(worker, Place::External(address), outgoing, record).await?;
+    response.head.fields.remove_known(&[Known::SheerReason]);
+    Ok(response)
+}
+
+/// Sends to the one place there is; again only when a kept connection turned out to be closed.
+pub(crate) async fn to_address(
+    worker: &Worker,
+    place: Place,
+    outgoing: Outgoing,
+    record: &mut Record,
+) -> Result<Response, RequestError> {
+    let Outgoing { head, mut body, interim } = outgoing;
+    let to = place.address();
+    for tries in 1.. {
+        let began = Instant::now();
+        let sent = attempt(worker, place.clone(), &worker.nobody, &head, body, &interim).await;
+        record.waited(began.elapsed());
+        let Failure { progress, cause, body: intact, source } = match sent {
+            Ok(response) => return Ok(response),
+            Err(failure) => failure,
+        };
+        let is_new = matches!(cause, Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed);
+        match intact {
+            Some(intact) if !is_new && may_retry(progress, &head.method, true, tries) => body = intact,
+            _ => return Err(RequestError { source, ..RequestError::from(cause).at(to, tries) }),
+        }
+    }
+    Err(Cause::ConnectFailed.into())
+}
+
+/// Limits an exchange up to the response's head: the whole of it, and each attempt when there is a limit for those.
+pub(crate) async fn within(
+    deadline: Option<Instant>,
+    attempt: Option<Duration>,
+    sent: impl Future<Output = Result<Response, RequestError>>,
+) -> Result<Response, RequestError> {
+    // One attempt has at most this long; a request that is sent elsewhere has been refused at once.
+    let limit = match (deadline, attempt.map(|limit| Instant::now() + limit)) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    };
+    match limit {
+        None => sent.await,
+        Some(limit) => match tokio::time::timeout_at(limit.into(), sent).await {
+            Ok(result) => result,
+            Err(_) => Err(Cause::Deadline.into()),
+        },
+    }
+}
+
+/// Opens a connection for bytes to the endpoint that the balancer picks, or to another when it is refused.
+pub(crate) async fn connect_to_one_of(
+    worker: &Worker,
+    endpoints: &[LiveEndpoint],
+    identities: &Arc<[SpiffeId]>,
+) -> Result<Opened, RequestError> {
+    let mut avoided = SmallVec::<[usize; MAX_TRIES as usize]>::new();
+    let mut last = RequestError::from(Cause::NoEndpoint);
+    while last.tries < MAX_TRIES {
+        let Some(place) = balance::pick(endpoints, |place| avoided.contains(&place), worker.random()) else { break };
+        let chosen = &endpoints[place];
+        let in_flight = chosen.state.begin();
+        let peer = worker.pools.peer(&Place::Endpoint(chosen.clone()));
+        let failure = match worker.pools.tcp(&peer, identities).await {
+            Ok(io) => return Ok((io, Bytes::new(), in_flight)),
+            Err(error) => Failure::from(error),
+        };
+        note(worker, chosen, &failure);
+        avoided.push(place);
+        let Failure { cause, source, .. } = failure;
+        last = RequestError { source, ..RequestError::from(cause).at(chosen.endpoint.address, last.tries + 1) };
+    }
+    Err(last)
+}
+
+/// Opens a connection for bytes to an address that is not the mesh's.
+pub(crate) async fn connect_outside(worker: &Worker, address: SocketAddr) -> Result<Opened, RequestError> {
+    let peer = worker.pools.peer(&Place::External(address));
+    match worker.pools.tcp(&peer, &worker.nobody).await {
+        Ok(io) => Ok((io, Bytes::new(), worker.outside.begin())),
+        Err(error) => {
+            let Failure { cause, source, .. } = Failure::from(error);
+            Err(RequestError { source, ..RequestError::from(cause).at(address, 1) })
+        }
+    }
+}
