@@ -231,6 +231,10 @@ fn kind_of(at: &Cursor<'_>, kind: &str, api_version: &str) -> Option<Kind> {
         at.error_help(format!("{kind} is not supported yet"), "remove the document or keep it in another directory");
         return None;
     }
+    if kind == "List" {
+        at.error_help("a List is not read", "write its items as documents of their own, separated by ---");
+        return None;
+    }
     let names = Kind::ALL.iter().map(|kind| kind.name());
     let help = match decode::nearest(kind, names) {
         Some(name) => format!("did you mean '{name}'?"),
