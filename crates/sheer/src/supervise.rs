@@ -214,6 +214,9 @@ impl Supervisor {
         let now = Instant::now();
         if self.proxy.respawn_at().is_some_and(|at| at <= now) {
             self.proxy.spawn()?;
+            if matches!(self.phase, Phase::Draining(_) | Phase::Stopping(_)) {
+                self.proxy.tell(&FromSupervisor::Drain);
+            }
             self.record.proxy = self.proxy.pid().and_then(Process::of);
             self.write_record()?;
         }
@@ -301,13 +304,16 @@ impl Supervisor {
 
     /// A proxy that has ended is replaced; the keeper's end is heard on its link.
     fn reap(&mut self) -> Result<()> {
-        if !self.proxy.reap() {
-            return Ok(());
-        }
+        // What it said last says more than how it ended.
+        self.hear_proxy()?;
+        let Some(how) = self.proxy.reap() else { return Ok(()) };
         self.record.proxy = None;
         match self.phase {
             Phase::Leaving(_) | Phase::Stopping(Some(_)) => self.proxy.forget(),
-            _ => self.proxy.respawn_soon(),
+            _ => {
+                say(&format!("the proxy has died ({how}); another one is started"));
+                self.proxy.respawn_soon();
+            }
         }
         Ok(())
     }

@@ -126,16 +126,18 @@ impl Proxy {
         }
     }
 
-    /// Whether the proxy has ended.
-    pub(super) fn reap(&mut self) -> bool {
-        let Some(child) = &self.child else { return false };
-        match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(_) => {}
-            Ok(_) => return false,
-        }
+    /// How the proxy has ended, when it has.
+    pub(super) fn reap(&mut self) -> Option<String> {
+        let child = self.child.as_ref()?;
+        let how = match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(_, status)) => format!("exit status {status}"),
+            Ok(WaitStatus::Signaled(_, signal, _)) => signal.as_str().to_owned(),
+            Ok(_) => return None,
+            Err(errno) => errno.desc().to_owned(),
+        };
         self.crashes = if child.since.elapsed() >= STABLE { 0 } else { self.crashes + 1 };
         self.child = None;
-        true
+        Some(how)
     }
 
     /// Lets the next one start: at once, unless the last ones died young.
