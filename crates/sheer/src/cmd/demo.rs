@@ -87,20 +87,18 @@ fn perform(args: &Args, stage: &mut Stage, signals: &mpsc::Receiver<()>) -> anyh
         stage.start(member.name, member.command_line(stage), None)?;
     }
     let begun = Instant::now();
+    let mut progress = Progress::of(awaited(&waiting));
     while !waiting.is_empty() {
         let workloads: Vec<WorkloadView> = client.get("/api/v1/workloads")?;
-        waiting.retain(|member| {
-            let serves = |view: &WorkloadView| {
-                view.name == member.name
-                    && view.state == WorkloadState::Connected
-                    && view.ports.iter().all(|port| port.ready)
-            };
-            let is_ready = workloads.iter().any(serves);
-            if is_ready {
+        let serves = |member: &Member| workloads.iter().any(|view| is_serving(view, member.name));
+        if waiting.iter().any(serves) {
+            // Lines and a spinner do not go together.
+            drop(progress);
+            for member in waiting.extract_if(.., |member| serves(member)) {
                 ready(member.name, member.what);
             }
-            !is_ready
-        });
+            progress = Progress::of(awaited(&waiting));
+        }
         for member in &waiting {
             stage.must_run(member.name)?;
         }
@@ -113,6 +111,8 @@ fn perform(args: &Args, stage: &mut Stage, signals: &mpsc::Receiver<()>) -> anyh
             bail!("{} is not ready after {PATIENCE:?}; it said:\n{}", late.name, stage.last_words(late.name));
         }
     }
+
+    drop(progress);
 
     let counts = Arc::new(Mutex::new(Counts::default()));
     let load = cast::load();
@@ -236,6 +236,7 @@ fn until(
     mut condition: impl FnMut() -> bool,
 ) -> anyhow::Result<()> {
     let begun = Instant::now();
+    let _progress = Progress::of(format!("waiting for {name}"));
     while !condition() {
         stage.must_run(name)?;
         if interrupted(signals, LOOK) {
@@ -246,6 +247,15 @@ fn until(
         }
     }
     Ok(())
+}
+
+fn is_serving(view: &WorkloadView, name: &str) -> bool {
+    view.name == name && view.state == WorkloadState::Connected && view.ports.iter().all(|port| port.ready)
+}
+
+fn awaited(members: &[Member]) -> String {
+    let names: Vec<&str> = members.iter().map(|member| member.name).collect();
+    format!("waiting for {}", names.join(", "))
 }
 
 fn ready(name: &str, what: &str) {
