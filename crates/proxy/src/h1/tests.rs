@@ -3,13 +3,15 @@
 use super::client::{Connection, Return};
 use super::server::{ConnError, Ended, Options, Outcome, serve};
 use super::*;
-use crate::body::{Body, Request, Response};
+use crate::body::{Body, Interim, Request, Response};
+use crate::testing::{Authority, loopback};
+use crate::upstream::tls::Carried;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::Frame as HyperFrame;
 use hyper_util::rt::TokioIo;
 use sheer_core::cause::Cause;
-use sheer_core::head::ResponseHead;
+use sheer_core::head::{RequestHead, ResponseHead, Version};
 use std::cell::RefCell;
 use std::convert::Infallible;
 use std::rc::Rc;
@@ -304,6 +306,46 @@ async fn a_client_that_leaves_while_it_waits_closes_the_endpoints_connection() {
         assert_eq!(endpoint.read_to_end(&mut Vec::new()).await.unwrap(), 0);
         assert!(matches!(proxied.await.unwrap(), Err(ConnError::ClientGone)));
         assert!(pool.idle.borrow().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_hop_with_tls_carries_what_one_without_does() {
+    local(async {
+        let ca = Authority::new("mesh.internal");
+        let (web, api) = (ca.credentials("default", "web"), ca.credentials("default", "api"));
+        let (near, far) = loopback().await;
+        let dialer = web.dialer();
+        let name = "p80.api.default.svc.mesh.internal";
+        let (near, far) = tokio::join!(dialer.connect(near, name, Carried::Http1), api.accept(far));
+        let (near, far) = (near.unwrap().0, far.unwrap().io);
+        // The far proxy's service sends back what it gets, while it gets it.
+        let far = tokio::task::spawn_local(async move {
+            let mirror = async |request: Request| {
+                Outcome::<()>::Response(Response { head: ResponseHead::new(http::StatusCode::OK), body: request.body })
+            };
+            serve(far, BytesMut::new(), &Options::default(), std::future::pending(), mirror).await
+        });
+        let pool = Rc::new(Pool::default());
+        let sent = Bytes::from((0..1_000_000u32).map(|at| (at / 3) as u8).collect::<Vec<_>>());
+        let mut connection = Connection::new(near);
+        for part in [sent.clone(), sent.slice(..10), sent.slice(..100_000)] {
+            // Session tickets may have arrived: they are nothing that the endpoint said.
+            assert!(connection.is_idle_and_open());
+            let head = RequestHead::new(http::Method::PUT, Version::Http11, "api", "/");
+            let body = Body::Full(part.clone());
+            let mut response = connection.send(&head, body, &Interim::default(), Some(pool.clone())).await.unwrap();
+            let mut received = BytesMut::new();
+            while let Some(frame) = response.body.frame().await {
+                let Frame::Data(data) = frame.unwrap() else { panic!("no trailers were sent") };
+                received.extend_from_slice(&data);
+            }
+            assert!(received == part);
+            connection = pool.idle.borrow_mut().pop().unwrap();
+        }
+        drop(connection);
+        assert!(matches!(far.await.unwrap(), Ok(Ended::Closed)));
     })
     .await;
 }
