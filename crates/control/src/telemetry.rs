@@ -2,7 +2,7 @@
 //!
 //! Proxies report cumulative values with the epoch of their process. What grew since the last report is added to the
 //! edge's total, which is exact since this start, and to its slot of ten seconds, of which three hours are kept and
-//! never more than [`MAX_SLOTS`] over all edges.
+//! never more than `MAX_SLOTS` over all edges.
 
 use crate::clock::Clock;
 use parking_lot::Mutex;

@@ -1,7 +1,7 @@
 //! HTTP/2 on the `h2` crate: one server loop and one client handle, which speak the data path's messages.
 //!
 //! Framing, HPACK, flow control windows and stream states are the crate's. Ours are the strict reading of heads
-//! ([`convert`]), bodies whose window opens as they are consumed, resets that travel both ways, trailers, GOAWAY as a
+//! (`convert`), bodies whose window opens as they are consumed, resets that travel both ways, trailers, GOAWAY as a
 //! promise about what was not processed, and the limits.
 
 pub mod client;
