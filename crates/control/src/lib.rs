@@ -6,11 +6,15 @@
 //! - [`fleet`], [`registration`]: which workloads there are, and what they may claim.
 //! - [`ca`], [`certify`], [`attest`], [`tls`]: certificates, and who gets them.
 //! - [`store`]: what survives a restart.
-//! - [`telemetry`], [`status`]: what people are shown.
+//! - [`telemetry`], [`status`]: what people are shown, by the HTTP API (see `sheer_core::api`).
+//! - [`documents`]: what `sheer apply` writes.
+//! - [`backup()`], [`restore`].
 //!
 //! [`start`] runs it; everything is bound and loaded when it returns.
 
+mod api;
 pub mod attest;
+mod backup;
 pub mod ca;
 pub mod certify;
 pub mod clock;
@@ -27,14 +31,16 @@ pub mod store;
 pub mod telemetry;
 pub mod tls;
 
+use api::{Access, Api};
 use attest::{Guesses, PROXY_USER, TokenRefused, make_token};
+pub use backup::{BackupError, Restored, backup, restore};
 use ca::{Authority, CaError};
 use clock::Clock;
 use fleet::Fleet;
 use push::Hub;
 use rustls_pki_types::CertificateDer;
-use sheer_core::api::{TokenRequest, TokenView, WorkloadView};
-use sheer_core::compile::{Compiled, Registered};
+use sheer_core::api::{Applied, TokenRequest, TokenView, WorkloadView};
+use sheer_core::compile::{Compiled, Registered, Source};
 use sheer_core::name::ServiceName;
 use sheer_core::wire::v1::TrustBundle;
 use source::directory::Directory;
@@ -105,6 +111,15 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// The API's address is not the loopback's.
+    #[error(
+        "the API would listen on {address}: it speaks plain HTTP and listens on loopback only; choose 127.0.0.1, and \
+         reach it from elsewhere through `ssh -L`"
+    )]
+    OpenApi {
+        /// Where it would listen.
+        address: SocketAddr,
+    },
     /// A part ended that should run for ever.
     #[error("{part} has ended: {reason}")]
     Ended {
@@ -131,6 +146,8 @@ pub struct Control {
     local_address: IpAddr,
     advertised: Vec<String>,
     stopped: watch::Receiver<bool>,
+    state_directory: PathBuf,
+    started: i64,
 }
 
 /// A running control plane. Dropped, it stops at once; see [`ControlPlane::stop`].
@@ -139,6 +156,8 @@ pub struct ControlPlane {
     tasks: JoinSet<Error>,
     stop: watch::Sender<bool>,
     proxy_addresses: Vec<SocketAddr>,
+    api_address: Option<SocketAddr>,
+    access: Arc<Access>,
     sockets: Vec<PathBuf>,
 }
 
@@ -182,6 +201,7 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
     let book = Book::new(store.list(Table::VirtualIps)?, store.list(Table::Pins)?);
     let state = State::new(hub.clone(), book, store.epoch(), store.revision());
     let control = Arc::new(Control {
+        started: clock.unix(),
         clock,
         authority,
         door,
@@ -196,6 +216,7 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
         advertised,
         store,
         stopped: stopped.clone(),
+        state_directory: options.state.clone(),
     });
     control.reconfigure(compiled);
     control.fleet.load(&control)?;
@@ -219,10 +240,35 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
         let reason = served.await.err().map_or_else(|| "stopped".to_owned(), |error| error.to_string());
         Error::Ended { part: "the proxies' server", reason }
     });
+    let access = Arc::new(
+        Access::open(&options.state).map_err(|source| Error::Io { path: options.state.join("api.token"), source })?,
+    );
+    let router = api::router(Api { control: control.clone(), access: access.clone() });
+    let mut api_address = None;
+    if let Some(address) = options.api_listen {
+        if !address.ip().is_loopback() {
+            return Err(Error::OpenApi { address });
+        }
+        let listener = bind(address).await?;
+        let bound = listener.local_addr().map_err(|source| Error::Listen {
+            address: address.to_string(),
+            source,
+            mend: "try again".to_owned(),
+        })?;
+        access.listens_at(bound);
+        api_address = Some(bound);
+        until(&mut tasks, &stopped, "the API", api::accept_tcp(listener, router.clone()));
+    }
+    if let Some(directory) = &options.sockets {
+        let path = directory.join("api.sock");
+        let listener = bind_unix(&path, 0o600)?;
+        until(&mut tasks, &stopped, "api.sock", api::accept_unix(listener, router));
+        sockets.push(path);
+    }
     let (follower, applied) = (control.directory.clone(), control.clone());
     until(&mut tasks, &stopped, "the configuration watch", follower.follow(move |it| applied.reconfigure(it)));
     until(&mut tasks, &stopped, "housekeeping", control.clone().keep_house());
-    Ok(ControlPlane { control, tasks, stop, proxy_addresses, sockets })
+    Ok(ControlPlane { control, tasks, stop, proxy_addresses, api_address, access, sockets })
 }
 
 /// Runs a task until it is told to stop.
@@ -315,6 +361,21 @@ impl ControlPlane {
         self.proxy_addresses.first().copied()
     }
 
+    /// Where the API listens on TCP, as bound.
+    pub fn api_address(&self) -> Option<SocketAddr> {
+        self.api_address
+    }
+
+    /// The file with the API's bearer token, mode 0600.
+    pub fn api_token_file(&self) -> &Path {
+        self.access.token_file()
+    }
+
+    /// A link for a browser, valid once and for 60 seconds; none without a TCP address.
+    pub fn link(&self) -> Option<String> {
+        self.access.link()
+    }
+
     /// What its parts share.
     pub fn control(&self) -> &Arc<Control> {
         &self.control
@@ -372,6 +433,32 @@ impl Control {
     /// Where proxies elsewhere reach this control plane.
     pub fn advertised(&self) -> &[String] {
         &self.advertised
+    }
+
+    /// A backup of everything, consistent as of now. It holds the root's key.
+    ///
+    /// # Errors
+    /// When something cannot be read.
+    pub async fn backup(&self) -> Result<Vec<u8>, BackupError> {
+        // What is queued is written first.
+        self.store.write::<_, StoreError>(|_| Ok(())).await?;
+        let config = match self.directory.read() {
+            Ok(sources) => sources,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(source) => return Err(BackupError::Io { path: self.directory.path().to_owned(), source }),
+        };
+        backup::take(&self.store, &self.state_directory, config, self.clock.unix())
+    }
+
+    /// Changes documents of the directory and brings the result into force before it returns.
+    fn change_documents(
+        &self,
+        change: impl FnOnce(&Path, &[Source]) -> Result<Applied, documents::Refusal>,
+    ) -> Result<Applied, documents::Refusal> {
+        let sources = self.directory.read().unwrap_or_default();
+        let applied = change(self.directory.path(), &sources)?;
+        self.directory.refresh(&|compiled| self.reconfigure(compiled));
+        Ok(applied)
     }
 
     /// How the configuration directory is doing.

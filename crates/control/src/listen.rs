@@ -190,7 +190,7 @@ impl Doorway {
 }
 
 /// A failed accept costs the one connection; when descriptors ran out, waiting a little keeps the loop from spinning.
-async fn accepted<T>(result: io::Result<T>) -> Option<T> {
+pub(crate) async fn accepted<T>(result: io::Result<T>) -> Option<T> {
     match result {
         Ok(accepted) => Some(accepted),
         Err(error) => {

@@ -1,6 +1,16 @@
-//! What people are shown of the mesh.
+//! What people are shown of the mesh: services, figures, and what is not as it should be.
 
-use sheer_core::wire::v1::Protocol;
+use crate::Control;
+use crate::attest::for_people;
+use crate::documents;
+use sheer_core::api::{
+    Check, Finding, Level, MeshView, PortView, ServiceView, Stat, StatRow, WorkloadState, WorkloadView,
+};
+use sheer_core::compile::{allowed_accounts, endpoints_of, service_names, service_of};
+use sheer_core::name::ServiceName;
+use sheer_core::wire::v1::{Health, Protocol};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 /// A protocol's name, as in `--port PORT/NAME`.
 pub fn protocol_name(protocol: Protocol) -> &'static str {
@@ -11,5 +21,316 @@ pub fn protocol_name(protocol: Protocol) -> &'static str {
         Protocol::Grpc => "grpc",
         Protocol::Tcp => "tcp",
         Protocol::Tls => "tls",
+    }
+}
+
+/// The mesh as a whole.
+pub fn mesh(control: &Control) -> MeshView {
+    let compiled = control.state.compiled();
+    let settings = &compiled.mesh;
+    let services = control.state.look(|compiled, fleet, _| service_names(compiled, fleet).len());
+    MeshView {
+        trust_domain: settings.trust_domain.clone(),
+        cluster_domain: settings.cluster_domain.clone(),
+        certificate_lifetime_s: settings.certificate_lifetime.as_secs(),
+        virtual_ranges: settings.virtual_ranges.cidrs(),
+        revision: control.hub.world().revision.clone(),
+        root_sha256: crate::ca::hex(&control.authority.root_sha256()),
+        root_expires: control.authority.root_not_after(),
+        control: control.advertised.clone(),
+        config: control.directory.path().display().to_string(),
+        state: control.state_directory.display().to_string(),
+        services,
+        workloads: control.workloads().len(),
+        connected: control.fleet.connected(),
+        started: control.started,
+    }
+}
+
+/// All services.
+pub fn services(control: &Control) -> Vec<ServiceView> {
+    control.state.look(|compiled, fleet, book| {
+        let names = service_names(compiled, fleet);
+        let views = names.iter().filter_map(|name| {
+            let service = service_of(compiled, fleet, book, name)?;
+            let endpoints = endpoints_of(compiled, fleet, book, name)?.endpoints;
+            let count = |health: Health| {
+                let of = endpoints.iter().filter(|it| it.health() == health);
+                of.map(|it| it.workload.as_str()).collect::<BTreeSet<_>>().len()
+            };
+            let accounts = allowed_accounts(compiled, book, name);
+            let claims = fleet.members(name).map(|it| it.identity.service_account().clone());
+            let claimed: BTreeSet<_> = claims.filter(|account| !accounts.contains(account)).collect();
+            let written = compiled.services.get(name);
+            Some(ServiceView {
+                namespace: service.namespace.clone(),
+                name: service.name.clone(),
+                hosts: service.hosts.clone(),
+                virtual_ips: service.virtual_ips.iter().filter_map(|octets| address(octets)).collect(),
+                ports: service.ports.iter().map(port).collect(),
+                implied: service.implied,
+                origin: written.map(|it| it.meta.place.to_string()).unwrap_or_default(),
+                healthy: count(Health::Healthy),
+                suspect: count(Health::Suspect),
+                draining: count(Health::Draining),
+                accounts: accounts.iter().map(ToString::to_string).collect(),
+                claimed_by: claimed.iter().map(ToString::to_string).collect(),
+                routes: compiled.routes_attached_to(name).map(|route| route.meta.name.to_string()).collect(),
+            })
+        });
+        views.collect()
+    })
+}
+
+fn address(octets: &[u8]) -> Option<String> {
+    let four = <[u8; 4]>::try_from(octets).map(IpAddr::from);
+    four.or_else(|_| <[u8; 16]>::try_from(octets).map(IpAddr::from)).ok().map(|ip| ip.to_string())
+}
+
+fn port(port: &sheer_core::wire::v1::ServicePort) -> PortView {
+    PortView {
+        port: u16::try_from(port.port).unwrap_or_default(),
+        name: port.name.clone(),
+        protocol: protocol_name(port.protocol()).to_owned(),
+        ..PortView::default()
+    }
+}
+
+/// What each service answered; services without traffic have a row of zeros.
+pub fn stat(control: &Control, namespace: Option<&str>, window_s: u64) -> Stat {
+    let mut stat = control.telemetry.stat(namespace, window_s, &control.clock);
+    let mut rows: BTreeMap<String, StatRow> = stat.rows.into_iter().map(|row| (row.service.clone(), row)).collect();
+    for service in services(control).iter().filter(|it| namespace.is_none_or(|wanted| wanted == it.namespace)) {
+        let name = format!("{}/{}", service.namespace, service.name);
+        rows.entry(name.clone()).or_insert_with(|| StatRow { service: name, ..StatRow::default() });
+    }
+    let workloads = control.workloads();
+    for row in rows.values_mut() {
+        let answering = workloads.iter().filter(|workload| workload.services.contains(&row.service));
+        for workload in answering {
+            row.workloads += 1;
+            let serving = matches!(workload.state, WorkloadState::Connected | WorkloadState::Held);
+            row.ready += usize::from(serving && workload.ports.iter().any(|port| port.ready));
+        }
+    }
+    stat.rows = rows.into_values().collect();
+    stat
+}
+
+/// Everything that is not as it should be; where all is well, one line says so.
+pub fn check(control: &Control) -> Check {
+    let workloads = control.workloads();
+    let mut findings = configuration(control);
+    findings.extend(authority(control));
+    findings.extend(certificates(control, &workloads));
+    findings.extend(proxies(&workloads));
+    findings.extend(service_findings(control));
+    findings.extend(tokens(control));
+    findings.sort_by(|a, b| b.level.cmp(&a.level).then_with(|| (&a.topic, &a.subject).cmp(&(&b.topic, &b.subject))));
+    let level = findings.first().map_or(Level::Ok, |worst| worst.level);
+    Check { level, findings }
+}
+
+fn finding(level: Level, topic: &str, subject: impl Into<String>, what: impl Into<String>) -> Finding {
+    Finding { level, topic: topic.to_owned(), subject: subject.into(), what: what.into(), ..Finding::default() }
+}
+
+fn configuration(control: &Control) -> Vec<Finding> {
+    let status = control.directory.status();
+    let path = control.directory.path().display().to_string();
+    let mut findings = Vec::new();
+    if let Some(reason) = status.unreadable {
+        findings.push(Finding {
+            why: format!("{reason}; the last good configuration stays in force"),
+            mend: format!("make {path} a readable directory"),
+            ..finding(Level::Error, "config", &path, "the configuration directory cannot be read")
+        });
+    }
+    for diagnostic in &status.diagnostics {
+        let place = documents::place(diagnostic);
+        let stays = "no file of the directory is taken while one has errors: the configuration before stays in force";
+        findings.push(Finding {
+            why: if place.level == Level::Error { stays.to_owned() } else { String::new() },
+            mend: place.mend,
+            ..finding(
+                place.level,
+                "config",
+                format!("{}:{}", place.file, place.line),
+                match place.path.as_str() {
+                    "" => place.message,
+                    path => format!("{path}: {}", place.message),
+                },
+            )
+        });
+    }
+    if findings.is_empty() {
+        let objects = control.state.compiled().objects.len();
+        findings.push(finding(Level::Ok, "config", path, format!("{objects} written objects are in force")));
+    }
+    findings
+}
+
+fn authority(control: &Control) -> Vec<Finding> {
+    let now = control.clock.unix();
+    let mut findings = Vec::new();
+    let left = control.authority.root_not_after() - now;
+    let year = 365 * 24 * 3600;
+    findings.push(match left {
+        ..0 => Finding {
+            why: "no certificate under it verifies any more".to_owned(),
+            mend: "check this host's clock; if it is right, start with a new --state directory and join again"
+                .to_owned(),
+            ..finding(Level::Error, "root", "root.pem", "the root certificate has ended")
+        },
+        left if left < year => Finding {
+            why: "all workloads must trust another root before it ends".to_owned(),
+            mend: "plan a move to a new --state directory".to_owned(),
+            ..finding(Level::Warn, "root", "root.pem", format!("the root certificate ends in {}", for_people(left)))
+        },
+        left => finding(Level::Ok, "root", "root.pem", format!("the root certificate ends in {}", for_people(left))),
+    });
+    let left = control.authority.issuing_not_after() - now;
+    if !control.authority.has_root_key() {
+        let level = if left < 14 * 24 * 3600 { Level::Error } else { Level::Warn };
+        findings.push(Finding {
+            why: format!("the issuing certificate ends in {} and cannot be renewed without it", for_people(left)),
+            mend: "put the key back into root.pem for a start".to_owned(),
+            ..finding(level, "root", "root.pem", "the root's key is not here")
+        });
+    }
+    findings
+}
+
+fn certificates(control: &Control, workloads: &[WorkloadView]) -> Vec<Finding> {
+    let now = control.clock.unix();
+    let lifetime = i64::try_from(control.state.compiled().mesh.certificate_lifetime.as_secs()).unwrap_or(i64::MAX);
+    let mut findings = Vec::new();
+    for workload in workloads.iter().filter(|it| it.certificate_expires > 0) {
+        let left = workload.certificate_expires - now;
+        let mend = "look at its proxy's log; restart it with a new join token if the certificate has ended".to_owned();
+        if left <= 0 {
+            findings.push(Finding {
+                why: "its peers refuse it".to_owned(),
+                mend,
+                ..finding(Level::Error, "certificate", &workload.uid, "its certificate has ended")
+            });
+        } else if left < lifetime * 2 / 5 {
+            findings.push(Finding {
+                why: "it should have been renewed when half of its life had passed".to_owned(),
+                mend,
+                ..finding(
+                    Level::Warn,
+                    "certificate",
+                    &workload.uid,
+                    format!("its certificate ends in {}", for_people(left)),
+                )
+            });
+        }
+    }
+    if findings.is_empty() && !workloads.is_empty() {
+        let what = format!("{} workloads hold certificates that are renewed in time", workloads.len());
+        findings.push(finding(Level::Ok, "certificate", "workloads", what));
+    }
+    findings
+}
+
+fn proxies(workloads: &[WorkloadView]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for workload in workloads {
+        let uid = &workload.uid;
+        match workload.state {
+            WorkloadState::Suspect => findings.push(Finding {
+                why: "its connection went silent without being closed; peers pick it last".to_owned(),
+                mend: "check its host and the network to it".to_owned(),
+                ..finding(Level::Warn, "silent", uid, "its proxy is not heard of")
+            }),
+            WorkloadState::Held => findings.push(Finding {
+                why: "it was registered before this control plane started, and has a minute to come back".to_owned(),
+                mend: String::new(),
+                ..finding(Level::Warn, "silent", uid, "its proxy has not come back yet")
+            }),
+            WorkloadState::Connected | WorkloadState::Draining | WorkloadState::Leaving | WorkloadState::Certified => {}
+        }
+        for refused in &workload.refused {
+            findings.push(Finding {
+                why: format!("{} {}", refused.reason, refused.place).trim_end().to_owned(),
+                mend: "its proxy keeps the version before; upgrade the proxy, or change the object".to_owned(),
+                ..finding(
+                    Level::Error,
+                    "refused",
+                    uid,
+                    format!("its proxy refused {} {}", refused.type_url, refused.name),
+                )
+            });
+        }
+        for warning in &workload.warnings {
+            findings.push(finding(Level::Warn, "workload", uid, warning));
+        }
+        for exception in &workload.exceptions {
+            let what = format!("plaintext is admitted to {exception}");
+            findings.push(finding(Level::Ok, "plaintext", uid, what));
+        }
+        if workload.mode == "watch" || workload.mode == "permissive" {
+            let what = format!("mode {}: plaintext is admitted", workload.mode);
+            findings.push(finding(Level::Ok, "plaintext", uid, what));
+        }
+    }
+    if !workloads.is_empty() && !findings.iter().any(|it| it.topic == "silent") {
+        findings.push(finding(Level::Ok, "silent", "proxies", format!("{} proxies are connected", workloads.len())));
+    }
+    findings
+}
+
+fn service_findings(control: &Control) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for service in services(control) {
+        let name = format!("{}/{}", service.namespace, service.name);
+        if !service.claimed_by.is_empty() {
+            let (claimed, accepted) = (service.claimed_by.join(", "), service.accounts.join(", "));
+            let all = [service.accounts.as_slice(), &service.claimed_by].concat().join(",");
+            findings.push(Finding {
+                why: format!("{accepted} may answer as it; a workload of another account gets none of its traffic"),
+                mend: format!(
+                    "if that is intended, write a Service {name} with the annotation sheer.dev/service-accounts: {all}; \
+                     otherwise find out who runs it"
+                ),
+                ..finding(Level::Warn, "pin", &name, format!("service account {claimed} claims it"))
+            });
+        }
+        if !service.implied && service.healthy == 0 {
+            findings.push(Finding {
+                why: "no workload that may answer for it has a port that accepts".to_owned(),
+                mend: format!("start one, for example `sheer run {name} --port PORT -- COMMAND`"),
+                ..finding(Level::Warn, "endpoints", &name, "it has no healthy endpoint")
+            });
+        }
+    }
+    findings
+}
+
+fn tokens(control: &Control) -> Vec<Finding> {
+    match control.guesses.total() {
+        0 => Vec::new(),
+        wrong => vec![Finding {
+            why: "somebody has a damaged token, one of another control plane, or is guessing".to_owned(),
+            mend: "the log names the addresses; ten in a minute make an address wait".to_owned(),
+            ..finding(Level::Warn, "token", "join tokens", format!("{wrong} wrong join tokens since the start"))
+        }],
+    }
+}
+
+impl Control {
+    /// Accepts other service accounts as a service.
+    pub(crate) async fn consent(
+        &self,
+        service: &ServiceName,
+        accounts: Vec<sheer_core::name::DnsLabel>,
+    ) -> Result<(), crate::store::StoreError> {
+        let key = service.to_string();
+        let stored: Vec<String> = accounts.iter().map(ToString::to_string).collect();
+        tracing::warn!(%service, accounts = ?stored, "consent: other service accounts are accepted");
+        self.store.write(move |transaction| transaction.put(crate::store::Table::Pins, &key, &stored)).await?;
+        self.state.pin(service, accounts);
+        Ok(())
     }
 }

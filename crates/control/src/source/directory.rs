@@ -114,19 +114,26 @@ impl Directory {
                 self.settle().await;
             }
             self.watch();
-            match self.scan() {
-                Ok(content) => {
-                    let again = self.status.lock().unreadable.take().is_some();
-                    let before = self.seen.lock().replace(content.clone());
-                    if before.as_ref() == Some(&content) && !again {
-                        continue;
-                    }
-                    if let Some(compiled) = self.judge(content.0, content.1) {
-                        apply(compiled);
-                    }
+            self.refresh(&apply);
+        }
+    }
+
+    /// Looks now, and calls `apply` when something else is to come into force.
+    pub fn refresh(&self, apply: &impl Fn(Compiled)) {
+        // Over the whole of it, so that no older look comes into force after a newer one.
+        let mut seen = self.seen.lock();
+        match self.scan() {
+            Ok(content) => {
+                let again = self.status.lock().unreadable.take().is_some();
+                if seen.as_ref() == Some(&content) && !again {
+                    return;
                 }
-                Err(error) => self.unreadable(&error),
+                *seen = Some(content.clone());
+                if let Some(compiled) = self.judge(content.0, content.1) {
+                    apply(compiled);
+                }
             }
+            Err(error) => self.unreadable(&error),
         }
     }
 

@@ -1,5 +1,6 @@
 //! A whole control plane in this process, and proxies written by hand.
 
+mod api;
 mod client;
 mod configuration;
 mod fleet;
@@ -35,6 +36,14 @@ impl Fixture {
         for (name, text) in files {
             std::fs::write(directory.path().join("config").join(name), text).unwrap();
         }
+        let offset_s = Arc::new(AtomicI64::new(0));
+        let plane = start(options(directory.path(), &offset_s)).await.unwrap();
+        Self { plane, directory, offset_s }
+    }
+
+    /// On directories that are there already.
+    pub(crate) async fn over(directory: tempfile::TempDir) -> Self {
+        std::fs::create_dir(directory.path().join("sockets")).unwrap();
         let offset_s = Arc::new(AtomicI64::new(0));
         let plane = start(options(directory.path(), &offset_s)).await.unwrap();
         Self { plane, directory, offset_s }
@@ -99,6 +108,7 @@ fn options(directory: &Path, offset_s: &Arc<AtomicI64>) -> Options {
         state: directory.join("state"),
         sockets: Some(directory.join("sockets")),
         proxy_listen: vec!["127.0.0.1:0".parse().unwrap()],
+        api_listen: Some("127.0.0.1:0".parse().unwrap()),
         clock: Clock::shifted(offset_s.clone()),
         ..Options::default()
     }
