@@ -44,6 +44,7 @@ pub(crate) struct Args {
 
 /// Runs the demonstration to its end.
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    require(cast::PROGRAMS)?;
     let signals = signals()?;
     anstream::println!("{} Ctrl-C ends it and removes everything.", "Starting the Sheer demonstration.".bold());
     let mut stage = Stage::set()?;
@@ -53,6 +54,21 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     stage.strike(END, || signals.try_recv().is_ok());
     let verdict = result?;
     Ok(if verdict { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Refuses to begin what would fail in the middle.
+fn require(programs: &[(&str, &str)]) -> anyhow::Result<()> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut directories: Vec<_> = std::env::split_paths(&path).collect();
+    directories.extend(["/usr/sbin".into(), "/sbin".into()]);
+    for (program, package) in programs {
+        if !directories.iter().any(|directory| directory.join(program).is_file()) {
+            bail!(
+                "the demonstration needs {program}, which is not installed; on Debian: sudo apt-get install {package}"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// The demonstration between setting the stage and striking it; whether all went well.

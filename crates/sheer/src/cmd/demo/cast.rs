@@ -25,6 +25,9 @@ enum Command {
     Program(Vec<String>),
 }
 
+/// Programs of the system that take part, and the Debian packages that hold them.
+pub(super) const PROGRAMS: &[(&str, &str)] = &[("redis-server", "redis-server"), ("nft", "nftables")];
+
 /// What is applied before the services start.
 pub(super) const OBJECTS: &[(&str, &str)] = &[
     ("services.yaml", include_str!("../../../../../demo/canary/services.yaml")),
