@@ -12,6 +12,11 @@ use crate::worker::Worker;
 use bytes::{Bytes, BytesMut};
 use http::StatusCode;
 use sheer_core::head::{Known, RequestHead, Version};
+use std::time::Duration;
+
+/// How long idle HTTP/1 connections are kept after requests are refused: a client may have one under way, which closing
+/// would lose. By then peers have been told for seconds that this workload is leaving.
+const LAST_CALL: Duration = Duration::from_secs(1);
 
 /// What a client speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +43,11 @@ struct Tunnel {
 }
 
 impl Answer {
+    /// The response alone, for a connection that cannot become a tunnel.
+    pub fn into_response(self) -> Response {
+        self.response
+    }
+
     /// The connection closes after it.
     pub fn close(&mut self) {
         // Codecs leave the field out where the protocol has none.
@@ -134,8 +144,10 @@ where
     S: AsyncFn(Request) -> Answer,
 {
     let mut drain = worker.drain();
-    // Until then a client may have a request under way on an idle connection: closing would lose it.
-    let stop = async move { drain.reached(drain::Phase::Closing).await };
+    let stop = async move {
+        drain.reached(drain::Phase::Refusing).await;
+        tokio::time::sleep(LAST_CALL).await;
+    };
     let options = h1::server::Options::default();
     let service = async |request| {
         let Answer { response, tunnel } = service(request).await;

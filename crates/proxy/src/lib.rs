@@ -9,6 +9,7 @@ pub mod detect;
 pub mod dns;
 pub mod drain;
 pub mod error;
+pub mod forward;
 pub mod h1;
 pub mod h2;
 pub mod identity;

@@ -1,5 +1,6 @@
 //! Accepting connections, and knowing when the last one is gone.
 
+use crate::forward;
 use crate::inbound;
 use crate::outbound;
 use crate::plan::Role;
@@ -22,6 +23,8 @@ pub enum Traffic {
     Outbound,
     /// From the workload, to one service, whatever its destination.
     Upstream(ServiceName, u16),
+    /// From the workload, by name: HTTP forward proxy and SOCKS5.
+    Forward,
     /// To the workload, from peers.
     Inbound,
     /// To this port of the workload, from people on this host.
@@ -29,7 +32,7 @@ pub enum Traffic {
 }
 
 impl Traffic {
-    /// The traffic of a role; `None` for doors of the control thread and the forward proxy.
+    /// The traffic of a role; `None` for doors of the control thread.
     pub fn of(role: &Role) -> Option<Traffic> {
         match role {
             Role::Outbound => Some(Traffic::Outbound),
@@ -39,7 +42,8 @@ impl Traffic {
             }
             Role::Inbound => Some(Traffic::Inbound),
             Role::Publish { port } => Some(Traffic::Published(*port)),
-            Role::Forward | Role::DnsUdp | Role::DnsTcp | Role::Admin | Role::Metrics => None,
+            Role::Forward => Some(Traffic::Forward),
+            Role::DnsUdp | Role::DnsTcp | Role::Admin | Role::Metrics => None,
         }
     }
 }
@@ -106,6 +110,7 @@ async fn serve(worker: Rc<Worker>, stream: TcpStream, traffic: Traffic) {
         Traffic::Upstream(service, port) => {
             outbound::accept(worker, stream, outbound::Asked::Service(service, port)).await;
         }
+        Traffic::Forward => forward::accept(worker, stream).await,
         Traffic::Inbound => inbound::accept(worker, stream).await,
         Traffic::Published(port) => inbound::accept_published(worker, stream, port).await,
     }

@@ -550,3 +550,63 @@ async fn a_connection_becomes_a_tunnel() {
 fn bodies_stay_small() {
     assert!(size_of::<Body>() <= 96, "{}", size_of::<Body>());
 }
+
+#[tokio::test]
+async fn the_forward_proxy_serves_names_of_the_mesh_with_the_password() {
+    let test = async {
+        let port = application("hello").await;
+        let (api, _web, _) = two(Protocol::Http, port).await;
+        let mut plan = plan("api", &[], Mode::Strict);
+        plan.env_credentials = Some(plan::Credentials { user: "u".into(), password: "p".into() });
+        let (_leave, drain) = drain::channel();
+        let old = &api.proxy;
+        let proxy = Proxy {
+            plan,
+            snapshot: old.snapshot.clone(),
+            demand: old.demand.clone(),
+            credentials: old.credentials.clone(),
+            metrics: old.metrics.clone(),
+            endpoints: Table::default(),
+            drain,
+            inside: None,
+            listening: None,
+        };
+        let web = ServiceName::parse("web").unwrap();
+        let live = old.endpoints.get(&web).unwrap().load_full().unwrap();
+        let endpoint = live.of_port(80)[0].endpoint.clone();
+        let set = EndpointSet::new(live.identities.to_vec(), vec![endpoint]);
+        proxy.endpoints.set(&web, Arc::new(set));
+        let worker = Rc::new(Worker::new(Arc::new(proxy), None).unwrap());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let door = listener.local_addr().unwrap();
+        spawn_local(accept(worker, listener, Traffic::Forward, Open::default()));
+
+        let exchange = async |request: &[u8]| {
+            let mut stream = TcpStream::connect(door).await.unwrap();
+            stream.write_all(request).await.unwrap();
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer).await;
+            String::from_utf8_lossy(&answer).into_owned()
+        };
+        let password = "Proxy-Authorization: Basic dTpw\r\n";
+        let plain = |head: &str| format!("GET http://web/ HTTP/1.1\r\nHost: web\r\n{head}Connection: close\r\n\r\n");
+        assert!(exchange(plain("").as_bytes()).await.starts_with("HTTP/1.1 407"));
+        let answer = exchange(plain(password).as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("hello"), "{answer}");
+        // A tunnel: what is in it goes the same way.
+        let inner = "GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n";
+        let connect = |to: &str| format!("CONNECT {to} HTTP/1.1\r\nHost: {to}\r\n{password}\r\n{inner}");
+        let answer = exchange(connect("web:80").as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("hello"), "{answer}");
+        let answer = exchange(connect("127.0.0.1:22").as_bytes()).await;
+        assert!(answer.contains("destination-forbidden"), "{answer}");
+        // SOCKS5 with a password, to a name.
+        let mut socks = b"\x05\x01\x02\x01\x01u\x01p\x05\x01\x00\x03\x03web\x00\x50".to_vec();
+        socks.extend_from_slice(inner.as_bytes());
+        let answer = exchange(&socks).await;
+        assert!(answer.contains("HTTP/1.1 200") && answer.contains("hello"), "{answer}");
+        let answer = exchange(b"\x05\x01\x02\x01\x01u\x01x").await;
+        assert_eq!(answer.as_bytes(), b"\x05\x02\x01\x01");
+    };
+    LocalSet::new().run_until(test).await;
+}

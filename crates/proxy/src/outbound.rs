@@ -26,7 +26,7 @@ use sheer_core::head::{Fields, RequestHead, Version};
 use sheer_core::name::ServiceName;
 use sheer_core::route::{self, Edit, Rule};
 use sheer_core::snapshot::{Hop, Service, ServicePort, Snapshot, Timeouts};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use tokio::net::TcpStream;
@@ -42,7 +42,7 @@ pub enum Asked {
 
 /// Where a connection leads.
 #[derive(Clone, Debug)]
-enum Destination {
+pub(crate) enum Destination {
     /// A port of a service.
     Service(Arc<Service>, ServicePort),
     /// One workload of the mesh, by its own address.
@@ -56,8 +56,11 @@ enum Destination {
 /// Serves one connection of the workload.
 pub async fn accept(worker: Rc<Worker>, stream: TcpStream, asked: Asked) {
     let destination = destination(&worker, &stream, asked);
-    let mut io = Io::Plain(stream);
-    let mut prefix = BytesMut::new();
+    converse(worker, Io::Plain(stream), BytesMut::new(), destination).await;
+}
+
+/// Serves a connection of which it is known where it leads, and some bytes may have been read.
+pub(crate) async fn converse(worker: Rc<Worker>, mut io: Io, mut prefix: BytesMut, destination: Destination) {
     match detection::verdict(&worker, &destination, &mut io, &mut prefix).await {
         Verdict::Http(spoken) => http(worker, io, prefix, spoken, destination).await,
         Verdict::Bytes(opened) => bytes(&worker, io, prefix.freeze(), &destination, opened).await,
@@ -75,6 +78,10 @@ fn destination(worker: &Worker, stream: &TcpStream, asked: Asked) -> Destination
             None => return Destination::Nowhere(Cause::DestinationForbidden),
         },
     };
+    of_address(worker, &snapshot, address)
+}
+
+fn of_address(worker: &Worker, snapshot: &Snapshot, address: SocketAddr) -> Destination {
     if let Some(service) = snapshot.service_at(address.ip()) {
         return of_service(Some(service), address.port());
     }
@@ -96,6 +103,35 @@ fn destination(worker: &Worker, stream: &TcpStream, asked: Asked) -> Destination
     }
 }
 
+/// Where a host and port lead that a caller named: to a service, or outside where that is allowed, but never to this
+/// host's own addresses.
+pub(crate) async fn named(worker: &Worker, host: &str, port: u16) -> Destination {
+    let snapshot = worker.snapshot();
+    if let Some(service) = snapshot.service_named(host) {
+        return of_service(Some(service), port);
+    }
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    let found = match bare.parse::<IpAddr>() {
+        Ok(address) => Some(SocketAddr::new(address, port)),
+        Err(_) if snapshot.mesh().deny_unknown_egress => None,
+        // The host's own resolver, in a thread of its own.
+        Err(_) => tokio::net::lookup_host((bare, port)).await.ok().and_then(|mut found| found.next()),
+    };
+    match found {
+        Some(address) if is_link_local(address.ip()) => Destination::Nowhere(Cause::DestinationForbidden),
+        Some(address) => of_address(worker, &snapshot, SocketAddr::new(address.ip().to_canonical(), port)),
+        None => Destination::Nowhere(Cause::UnknownDestination),
+    }
+}
+
+/// Where hosts keep services for themselves, such as a cloud's metadata.
+fn is_link_local(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
+}
+
 fn of_service(service: Option<&Arc<Service>>, port: u16) -> Destination {
     match service.map(|service| (service, service.port(port))) {
         Some((service, Some(port))) => Destination::Service(service.clone(), port),
@@ -112,7 +148,7 @@ async fn http(worker: Rc<Worker>, io: Io, prefix: BytesMut, spoken: Spoken, dest
 }
 
 /// Serves one request leaving the workload. The stages run in this order.
-async fn serve(worker: &Worker, destination: &Destination, request: Request) -> Answer {
+pub(crate) async fn serve(worker: &Worker, destination: &Destination, request: Request) -> Answer {
     let caller = Caller::of(&request.head, Audience::Mesh);
     let line = worker.line(|| Line::of_request("outbound", &worker.source, &request.head));
     let mut record = Record::begin(worker.unknown_edge(), line);
@@ -140,7 +176,7 @@ async fn forward(
             send::to_one_of(worker, only, &live.identities, outgoing, record).await
         }
         Destination::External(address) => {
-            record.on(worker.named_edge("external", protocol));
+            record.on(external_edge(worker, &outgoing.head, protocol));
             send::outside(worker, *address, outgoing, record).await
         }
         Destination::Nowhere(cause) => Err((*cause).into()),
@@ -213,6 +249,16 @@ fn backend<'a>(
         None => Ok((&service.name, port.port)),
         Some(rule) => rule.backend(worker.random()).map(|backend| (&backend.service, backend.port)),
     }
+}
+
+/// An address that is not the mesh's has no name; where the mesh only watches, the host that was asked for tells it.
+fn external_edge(worker: &Worker, head: &RequestHead, protocol: Protocol) -> Arc<Edge> {
+    if worker.proxy.plan.mode == Mode::Watch
+        && let Some(service) = worker.snapshot().service_named(head.host())
+    {
+        return worker.named_edge(&service.name.to_string(), protocol);
+    }
+    worker.named_edge("external", protocol)
 }
 
 fn edit(fields: &mut Fields, edits: &[Edit]) -> Result<(), RequestError> {

@@ -139,8 +139,11 @@ type CachedLive = Cache<Arc<Cell>, Option<Arc<Live>>>;
 struct Edges {
     snapshot: usize,
     known: HashMap<EdgeIndex, PinnedEdge, foldhash::fast::RandomState>,
-    unknown: Option<Arc<Edge>>,
+    /// By destination and protocol, for what is no service's port. As many as the metrics admit.
+    named: HashMap<Box<str>, NamedEdges, foldhash::fast::RandomState>,
 }
+
+type NamedEdges = Vec<(Protocol, Arc<Edge>)>;
 
 #[derive(PartialEq, Eq, Hash)]
 struct EdgeIndex {
@@ -263,13 +266,16 @@ impl Worker {
 
     /// The edge of what went nowhere.
     pub fn unknown_edge(&self) -> Arc<Edge> {
-        let mut edges = self.edges.borrow_mut();
-        edges.unknown.get_or_insert_with(|| self.named_edge("unknown", Protocol::Http1)).clone()
+        self.named_edge("unknown", Protocol::Http1)
     }
 
     /// The outbound edge to a destination that is no service.
     pub fn named_edge(&self, destination: &str, protocol: Protocol) -> Arc<Edge> {
-        self.proxy.metrics.edge(&EdgeKey {
+        let mut edges = self.edges.borrow_mut();
+        if let Some(found) = edges.named.get(destination).and_then(|all| all.iter().find(|(it, _)| *it == protocol)) {
+            return found.1.clone();
+        }
+        let edge = self.proxy.metrics.edge(&EdgeKey {
             side: Side::Outbound,
             source: self.source.clone(),
             destination: destination.into(),
@@ -277,7 +283,9 @@ impl Worker {
             protocol,
             mtls: false,
             backend: destination.into(),
-        })
+        });
+        edges.named.entry(destination.into()).or_default().push((protocol, edge.clone()));
+        edge
     }
 
     /// The outbound edge of a decision. The first time it is looked up by name, then by what was decided.

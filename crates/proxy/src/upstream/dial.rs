@@ -23,8 +23,13 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// that it may not have at once.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long sent bytes may stay unacknowledged by a mesh peer's kernel before the connection counts as broken.
+/// How long bytes sent over HTTP/2 may stay unacknowledged by a mesh peer's kernel before the connection counts as
+/// broken. Only there: the option also ends a connection whose reader pauses, and a mesh peer never pauses in reading
+/// HTTP/2, where each stream has a window of its own.
 const SILENCE: Duration = Duration::from_secs(3);
+
+/// After how long without a byte the other side's kernel is asked whether it still knows the connection.
+const KEEPALIVE: Duration = Duration::from_secs(15);
 
 /// Makes the connections of one worker.
 pub struct Connector {
@@ -118,7 +123,7 @@ impl Connector {
         tracing::trace!(%address, "connected");
         match place {
             Place::Endpoint(live) if live.endpoint.hop == Hop::Sheer1 => {
-                notice_silence(&stream);
+                notice_silence(&stream, carried);
                 self.secure(stream, &live.endpoint.server_name, carried, identities, sessions).await
             }
             _ => Ok((Io::Plain(stream), None)),
@@ -211,10 +216,13 @@ async fn from_delivery_address(address: SocketAddr) -> io::Result<TcpStream> {
     socket.connect(address).await
 }
 
-/// A host that vanishes says nothing; its unacknowledged bytes tell.
-fn notice_silence(stream: &TcpStream) {
+/// A host that vanishes says nothing; its unacknowledged bytes and unanswered questions tell.
+fn notice_silence(stream: &TcpStream, carried: Carried) {
     let socket = socket2::SockRef::from(stream);
-    // Without the option the connection is only slower to break.
-    let _ = socket.set_tcp_user_timeout(Some(SILENCE));
-    let _ = socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(Duration::from_secs(30)));
+    let questions = socket2::TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 3).with_retries(3);
+    // Without these options the connection is only slower to break.
+    let _ = socket.set_tcp_keepalive(&questions);
+    if carried == Carried::Http2 {
+        let _ = socket.set_tcp_user_timeout(Some(SILENCE));
+    }
 }

@@ -153,13 +153,6 @@ impl Pools {
             peer.is_listed() || !peer.is_empty()
         });
     }
-
-    /// Closes every connection that is not in use. Those in use close after it.
-    pub fn close_idle(&self) {
-        for peer in self.peers.borrow().values() {
-            peer.clear();
-        }
-    }
 }
 
 impl Peer {
