@@ -8,7 +8,7 @@
 pub(crate) mod descendants;
 mod names;
 pub(crate) mod namespace;
-mod netlink;
+pub(crate) mod netlink;
 
 use crate::supervise::rundir;
 use anyhow::{Context, Result, bail};

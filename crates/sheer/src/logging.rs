@@ -1,5 +1,6 @@
 //! Logging on standard error.
 
+use std::sync::OnceLock;
 use tracing_subscriber::EnvFilter;
 
 /// How log lines look.
@@ -11,14 +12,31 @@ pub(crate) enum Format {
     Json,
 }
 
+/// What was chosen, for processes that this one starts.
+static CHOSEN: OnceLock<[(&str, String); 2]> = OnceLock::new();
+
+/// The variables by which a hidden process logs as this one does.
+pub(crate) fn variables() -> impl Iterator<Item = (&'static str, String)> {
+    CHOSEN.get().cloned().into_iter().flatten()
+}
+
+const FILTER: &str = "SHEER_LOG";
+const FORMAT: &str = "SHEER_LOG_FORMAT";
+
 /// Starts logging. To be called once, before threads are started.
 ///
 /// # Errors
-/// When `filter` is no list of `LEVEL` and `TARGET=LEVEL`.
-pub(crate) fn start(filter: &str, format: Format) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(filter).map_err(|error| {
-        anyhow::anyhow!("--log {filter}: {error}; give a level (info) or targets (info,sheer_proxy=debug)")
+/// When `text` is no list of `LEVEL` and `TARGET=LEVEL`.
+pub(crate) fn start(text: &str, format: Format) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(text).map_err(|error| {
+        anyhow::anyhow!("--log {text}: {error}; give a level (info) or targets (info,sheer_proxy=debug)")
     })?;
+    let name = match format {
+        Format::Text => "text",
+        Format::Json => "json",
+    };
+    // Set before, if at all, by a second call, which the subscriber refuses below.
+    let _ = CHOSEN.set([(FILTER, text.to_owned()), (FORMAT, name.to_owned())]);
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {
         Format::Text => lines.with_ansi(colors()).init(),

@@ -1,4 +1,4 @@
-//! Loopback, addresses and routes of a fresh network namespace, by rtnetlink: `ip` need not be installed.
+//! Loopback, addresses and routes of a network namespace, by rtnetlink: `ip` need not be installed.
 
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use std::io;
@@ -10,6 +10,7 @@ const LOOPBACK_INDEX: u32 = 1;
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
 const NLMSG_ERROR: u16 = 2;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
@@ -19,21 +20,24 @@ const IFF_UP: u32 = 1;
 const IFA_F_NODAD: u8 = 2;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
+const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_PREFSRC: u16 = 7;
 const RT_TABLE_MAIN: u8 = 254;
 const RTPROT_STATIC: u8 = 4;
+/// Whose route it is, for those who list them; above what the kernel and known routing daemons use.
+const RTPROT_SHEER: u8 = 115;
 const RT_SCOPE_HOST: u8 = 254;
 const RTN_LOCAL: u8 = 2;
 
 /// A conversation with the kernel about the network namespace that this process is in.
-pub(super) struct Netlink {
+pub(crate) struct Netlink {
     socket: OwnedFd,
     sequence: u32,
 }
 
 impl Netlink {
-    pub(super) fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         let protocol = SockProtocol::NetlinkRoute;
         let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
         Ok(Self { socket, sequence: 0 })
@@ -67,6 +71,23 @@ impl Netlink {
         self.ask(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &body)
     }
 
+    /// Gives the range of virtual addresses a route, on a host that has none for it: without one connect(2) fails before
+    /// the rules see anything. What is not captured is refused by this machine itself.
+    pub(crate) fn add_virtual_route(&mut self) -> io::Result<()> {
+        match self.ask(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &virtual_route()) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Takes that route away.
+    pub(crate) fn remove_virtual_route(&mut self) -> io::Result<()> {
+        match self.ask(RTM_DELROUTE, 0, &virtual_route()) {
+            Err(error) if error.raw_os_error() == Some(nix::libc::ESRCH) => Ok(()),
+            other => other,
+        }
+    }
+
     /// Sends one request and waits for its acknowledgement.
     fn ask(&mut self, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
         self.sequence += 1;
@@ -86,6 +107,16 @@ impl Netlink {
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer is not an acknowledgement")),
         }
     }
+}
+
+/// 240.0.0.0/4 on `lo`.
+fn virtual_route() -> Vec<u8> {
+    let (start, source) = (IpAddr::from([240, 0, 0, 0]), IpAddr::from([127, 0, 0, 1]));
+    let mut body = vec![family(start), 4, 0, 0, RT_TABLE_MAIN, RTPROT_SHEER, RT_SCOPE_HOST, RTN_LOCAL, 0, 0, 0, 0];
+    attribute(&mut body, RTA_DST, &octets(start));
+    attribute(&mut body, RTA_OIF, &LOOPBACK_INDEX.to_ne_bytes());
+    attribute(&mut body, RTA_PREFSRC, &octets(source));
+    body
 }
 
 fn family(address: IpAddr) -> u8 {

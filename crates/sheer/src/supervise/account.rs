@@ -81,16 +81,27 @@ pub(crate) fn proxy() -> Option<(u32, u32)> {
     }
 }
 
-/// A user by name or number.
+/// A user by name or number. A number need not have an account, as in containers: its group is then the same number.
 ///
 /// # Errors
-/// When there is none.
+/// When there is none of this name.
 pub(crate) fn look_up(name: &str) -> Result<User> {
     let found = match name.parse() {
-        Ok(uid) => User::from_uid(Uid::from_raw(uid)),
-        Err(_) => User::from_name(name),
+        Ok(number) => {
+            let known = User::from_uid(Uid::from_raw(number)).ok().flatten();
+            Some(known.unwrap_or_else(|| User {
+                name: number.to_string(),
+                passwd: CString::default(),
+                uid: Uid::from_raw(number),
+                gid: Gid::from_raw(number),
+                gecos: CString::default(),
+                dir: "/".into(),
+                shell: "/bin/sh".into(),
+            }))
+        }
+        Err(_) => User::from_name(name).ok().flatten(),
     };
-    found.ok().flatten().with_context(|| format!("there is no user '{name}' on this machine"))
+    found.with_context(|| format!("there is no user '{name}' on this machine"))
 }
 
 fn group_id(name: &str) -> Result<Gid> {
@@ -108,6 +119,7 @@ mod tests {
     #[test]
     fn users_by_name_and_number() {
         assert_eq!(look_up("root").unwrap().uid, look_up("0").unwrap().uid);
+        assert_eq!(look_up("4242424").unwrap().gid.as_raw(), 4_242_424);
         assert!(look_up("no-such-user").unwrap_err().to_string().contains("no-such-user"));
     }
 }

@@ -10,6 +10,7 @@ use super::{Phase, Supervisor, account, made, memory_file};
 use crate::cmd::run::Workload;
 use crate::dirs::{self, Dirs};
 use crate::keeper::namespace::{NamespacePlan, Upstream};
+use crate::keeper::netlink::Netlink;
 use crate::keeper::{self, KeeperPlan};
 use crate::sockets::{self, EVERYWHERE, Kind, LOOPBACK};
 use anyhow::{Context, Result};
@@ -96,6 +97,8 @@ pub(super) fn launch(
     };
     if adopted.is_some() {
         record.tables.push(rules::table(namespace.as_str(), name));
+        // Who watches resolves no virtual address.
+        record.virtual_route = settled.mode != Mode::Watch && !routed(Ipv4Addr::new(240, 0, 0, 1));
     }
     let notify = Notify::begin(&run.path, settled.account.ids.as_ref().map(|ids| ids.0))?;
     let mut unset: Vec<String> = ["WATCHDOG_PID", "SHEER_PLAN_FD"].map(String::from).into();
@@ -121,6 +124,10 @@ pub(super) fn launch(
         tables: record.tables.clone(),
     };
     run.write(&record)?;
+    if record.virtual_route {
+        let added = Netlink::open().and_then(|mut netlink| netlink.add_virtual_route());
+        added.context("this host has no route for virtual addresses, and none can be added for 240.0.0.0/4")?;
+    }
     let (keeper, link) = keeper::spawn(&keeper_plan, command)?;
     record.keeper = Process::of(keeper.id().cast_signed());
     let (roles, tables, mut descriptors) = made(link.as_fd())?;
@@ -292,6 +299,16 @@ fn adopt(
         other_udp: if settled.mode == Mode::Strict { OtherUdp::Refuse } else { OtherUdp::Count },
     };
     Adopted::new(whose, facts)
+}
+
+/// Whether this host has a route to the address; asking sends nothing. One that a workload was given counts as none, so
+/// that it stays for as long as anybody needs it.
+fn routed(address: Ipv4Addr) -> bool {
+    let asked = std::net::UdpSocket::bind("0.0.0.0:0").and_then(|socket| {
+        socket.connect((address, 9))?;
+        socket.local_addr()
+    });
+    asked.is_ok_and(|local| !local.ip().is_loopback())
 }
 
 /// The forward proxy's listener, and the variables that lead to it.

@@ -63,6 +63,7 @@ impl Proxy {
         keep.extend([theirs.as_raw_fd(), file.as_raw_fd()]);
         let mut command = Command::new(&self.program);
         command.arg0("sheer").arg("__proxy").env("SHEER_PLAN_FD", file.as_raw_fd().to_string());
+        command.envs(crate::logging::variables());
         // Standard streams belong to the command; complaints go where the supervisor's go.
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
         for private in ["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID"] {

@@ -4,6 +4,7 @@
 //! killed supervisor left, and [`sweep`] removes it with everything it lists.
 
 use crate::keeper::descendants::began;
+use crate::keeper::netlink::Netlink;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, TryLockError};
@@ -61,6 +62,9 @@ pub(crate) struct Record {
     pub(crate) set: Vec<(String, String)>,
     /// nft tables in the host's network.
     pub(crate) tables: Vec<String>,
+    /// Whether it needs the host's route for virtual addresses.
+    #[serde(default)]
+    pub(crate) virtual_route: bool,
     /// Where metrics, readiness and liveness are served.
     pub(crate) metrics: Option<String>,
     /// Where mesh peers connect.
@@ -161,6 +165,9 @@ impl RunDir {
             for table in &record.tables {
                 crate::nft::remove(table)?;
             }
+            if record.virtual_route && !self.others_need_route() {
+                Netlink::open()?.remove_virtual_route().context("cannot remove the route for 240.0.0.0/4")?;
+            }
         }
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
@@ -172,6 +179,15 @@ impl RunDir {
             }
         }
         Ok(())
+    }
+
+    /// Whether another running workload of this user needs the route for virtual addresses.
+    fn others_need_route(&self) -> bool {
+        let others = self.path.parent().and_then(|runs| fs::read_dir(runs).ok()).into_iter().flatten().flatten();
+        let needs = |path: &Path| {
+            read(path).is_ok_and(|record| record.virtual_route && record.supervisor.is_some_and(Process::lives))
+        };
+        others.map(|entry| entry.path()).any(|path| path != self.path && needs(&path))
     }
 
     /// Cleans up and removes the directory; the lock goes last.

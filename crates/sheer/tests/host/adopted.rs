@@ -163,3 +163,31 @@ fn rules_go_with_a_killed_supervisor() {
     until("no rules", || host.rules().is_empty().then_some(()));
     until("no run directory", || (!exists(&world.inside("/run/sheer/run/default_old-1"))).then_some(()));
 }
+
+#[test]
+fn virtual_addresses_get_a_route_where_the_host_has_none() {
+    let host = Host::new("route");
+    let world = &host.world;
+    assert!(world.as_root("ip").args(["route", "delete", "default"]).status().unwrap().success());
+    let routes = || String::from_utf8(world.as_root("ip").arg("route").output().unwrap().stdout).unwrap();
+    let before = routes();
+    let start = |name: &str, port: u16| {
+        let arguments = format!("proxy {name} --port {port} --user {} --mode permissive", NOBODY - u32::from(port));
+        let proxy = world.start(world.workload(&arguments, None));
+        proxy.says("is ready");
+        proxy
+    };
+    let mut first = start("one", 1);
+    let mut second = start("two", 2);
+    until("both rules", || (host.rules().matches("sheer-default-").count() == 2).then_some(()));
+    assert!(host.get(NOBODY - 1, "http://240.240.0.1/").starts_with("outbound to=240.240.0.1:80"), "{}", routes());
+    first.signal(Signal::SIGTERM);
+    assert!(first.wait().success());
+    assert!(
+        host.get(NOBODY - 2, "http://240.240.0.1/").starts_with("outbound to=240.240.0.1:80"),
+        "it stays for the other"
+    );
+    second.signal(Signal::SIGTERM);
+    assert!(second.wait().success());
+    assert_eq!(routes(), before);
+}
