@@ -14,6 +14,7 @@ use sheer_core::api::{PortView, RefusedView, WorkloadState, WorkloadView};
 use sheer_core::compile::{Registered, warnings_for};
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::{DnsLabel, ServiceName};
+use sheer_core::wire::v1::edge::Side;
 use sheer_core::wire::v1::{
     ControlNotice, Health, Mode, ProxyReport, RegistrationRefused, control_notice, proxy_report,
 };
@@ -320,6 +321,7 @@ impl Fleet {
     fn goodbye(&self, control: &Control, uid: &str, session: u64, reason: &str) {
         tracing::info!(%uid, reason = %reason.escape_default(), "a workload left");
         self.change(control, uid, session, |member| member.enter(Phase::Gone));
+        control.telemetry.left(uid);
         let key = uid.to_owned();
         control.store.write_later(move |transaction| transaction.remove(Table::Registrations, &key));
     }
@@ -397,6 +399,7 @@ impl Fleet {
             }
         }
         for uid in forgotten {
+            control.telemetry.left(&uid);
             control.state.remove(&uid);
             control.store.write_later(move |transaction| transaction.remove(Table::Registrations, &uid));
         }
@@ -543,7 +546,15 @@ impl Attached {
                 fleet.change(&control, uid, self.session, |member| member.draining = true);
             }
             proxy_report::Body::Goodbye(goodbye) => fleet.goodbye(&control, uid, self.session, &goodbye.reason),
-            proxy_report::Body::Telemetry(telemetry) => control.telemetry.take(uid, telemetry, &control.clock),
+            proxy_report::Body::Telemetry(mut telemetry) => {
+                // A workload tells of its own traffic: it calls, or it is called.
+                let namespace = self.control.namespace_of(&self.peer, Some(uid));
+                telemetry.edges.retain(|edge| {
+                    let own = if edge.side() == Side::Outbound { &edge.source } else { &edge.destination };
+                    own.split_once('/').is_some_and(|(of, _)| of == namespace)
+                });
+                control.telemetry.take(uid, telemetry, &control.clock);
+            }
             proxy_report::Body::Unreachable(unreachable) => fleet.unreachable(&control, uid, &unreachable.workload),
         }
         Ok(())

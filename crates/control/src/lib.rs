@@ -90,6 +90,9 @@ pub enum Error {
     /// The certificates.
     #[error(transparent)]
     Ca(#[from] CaError),
+    /// A join token.
+    #[error(transparent)]
+    Token(#[from] TokenRefused),
     /// TLS.
     #[error("TLS cannot be set up: {0}")]
     Tls(#[from] rustls::Error),
@@ -269,6 +272,26 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
     until(&mut tasks, &stopped, "the configuration watch", follower.follow(move |it| applied.reconfigure(it)));
     until(&mut tasks, &stopped, "housekeeping", control.clone().keep_house());
     Ok(ControlPlane { control, tasks, stop, proxy_addresses, api_address, access, sockets })
+}
+
+/// Makes a join token for a control plane that does not run. The request must name its addresses.
+///
+/// # Errors
+/// When it does run, when the request is malformed or wider than is allowed, or when the state cannot be written.
+pub fn create_token(state: &Path, config: &Path, request: &TokenRequest) -> Result<TokenView, Error> {
+    let clock = Clock::default();
+    let store = Store::open(state)?;
+    let compiled = Directory::new(config).load().unwrap_or_default();
+    let authority = Authority::open(state, &compiled.mesh.trust_domain, clock.clone())?;
+    if request.control.is_empty() {
+        let what = "name the control plane's address, since it does not run: --control HOST:PORT".to_owned();
+        return Err(TokenRefused::Malformed(what).into());
+    }
+    let root = authority.root_sha256();
+    let (view, record) = make_token(request, &compiled, root, request.control.clone(), clock.unix())?;
+    let id = view.id.clone();
+    store.write_now::<_, StoreError>(move |transaction| record.store(transaction, &id))?;
+    Ok(view)
 }
 
 /// Runs a task until it is told to stop.

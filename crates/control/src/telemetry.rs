@@ -22,6 +22,8 @@ const MAX_SLOTS: usize = 100_000;
 const MAX_EDGES: usize = 10_000;
 /// Cumulative values remembered, one for each edge of each proxy.
 const MAX_SEEN: usize = 200_000;
+/// A proxy that was away for longer counts anew from its beginning when it comes back.
+const SEEN_S: i64 = 24 * 3600;
 /// A report of a proxy that is older than this is history when it is first seen: it counts in totals only.
 const FRESH_S: i64 = 30;
 
@@ -167,6 +169,7 @@ struct History {
 struct Seen {
     epoch: u64,
     sums: Sums,
+    at: i64,
 }
 
 #[derive(Default)]
@@ -213,10 +216,19 @@ impl Telemetry {
         }
     }
 
+    /// A workload left: its connections are closed.
+    pub fn left(&self, uid: &str) {
+        for history in self.inner.lock().edges.values_mut() {
+            history.open.remove(uid);
+        }
+    }
+
     /// Forgets what is older than is kept. Called now and then.
     pub fn tend(&self, clock: &Clock) {
-        let oldest = clock.unix() / SLOT_S - SLOTS;
+        let now = clock.unix();
+        let oldest = now / SLOT_S - SLOTS;
         let mut inner = self.inner.lock();
+        inner.seen.retain(|_, seen| now - seen.at < SEEN_S);
         let mut slots = 0;
         for history in inner.edges.values_mut() {
             while history.slots.front().is_some_and(|(at, _)| *at < oldest) {
@@ -299,7 +311,7 @@ impl Inner {
         let before = self.seen.get(&id).filter(|seen| seen.epoch == epoch);
         let known = before.is_some();
         let grown = before.map_or_else(|| sums.clone(), |seen| sums.since(&seen.sums));
-        self.seen.insert(id, Seen { epoch, sums });
+        self.seen.insert(id, Seen { epoch, sums, at: now });
         let history = self.edges.entry(key).or_default();
         match edge.connections_open {
             open if open > 0 => history.open.insert(uid.to_owned(), open),

@@ -4,6 +4,7 @@
 //! should the kernel's notices get lost, a look every two seconds finds it. A set with errors never comes into force: the
 //! one before stays, and its diagnostics are shown.
 
+use notify::event::{AccessKind, AccessMode, EventKind};
 use notify::{RecursiveMode, Watcher};
 use parking_lot::Mutex;
 use sheer_core::compile::{Compiled, Source, compile};
@@ -51,7 +52,11 @@ impl Directory {
     pub fn new(path: &Path) -> Arc<Self> {
         let changed = Arc::new(Notify::new());
         let wake = changed.clone();
-        let watcher = notify::recommended_watcher(move |_event| wake.notify_one());
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            if event.map_or(true, |event| is_change(&event.kind)) {
+                wake.notify_one();
+            }
+        });
         let watcher = match watcher {
             Ok(watcher) => Some(watcher),
             Err(error) => {
@@ -230,6 +235,14 @@ impl Directory {
     }
 }
 
+/// Reading is no change: without this each look would be the reason of the next.
+fn is_change(kind: &EventKind) -> bool {
+    match kind {
+        EventKind::Access(access) => *access == AccessKind::Close(AccessMode::Write),
+        _ => true,
+    }
+}
+
 fn read_file(path: &Path, length: u64) -> Result<String, String> {
     if length > MAX_FILE {
         return Err(format!("the file is larger than {} MiB", MAX_FILE >> 20));
@@ -238,4 +251,35 @@ fn read_file(path: &Path, length: u64) -> Result<String, String> {
         io::ErrorKind::InvalidData => "the file is not UTF-8".to_owned(),
         _ => format!("the file cannot be read: {error}"),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reading_wakes_nobody() {
+        assert!(!is_change(&EventKind::Access(AccessKind::Open(AccessMode::Any))));
+        assert!(is_change(&EventKind::Access(AccessKind::Close(AccessMode::Write))));
+        assert!(is_change(&EventKind::Create(notify::event::CreateKind::File)));
+    }
+
+    #[test]
+    fn hidden_and_other_files_are_left_alone_and_large_ones_named() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["a.yaml", "b.yml", ".hidden.yaml", "notes.txt"] {
+            std::fs::write(directory.path().join(name), "").unwrap();
+        }
+        std::fs::create_dir(directory.path().join("applied")).unwrap();
+        std::fs::write(directory.path().join("applied/c.yaml"), "").unwrap();
+        std::fs::write(directory.path().join("d.yaml"), [0xff, 0xfe]).unwrap();
+        let file = std::fs::File::create(directory.path().join("e.yaml")).unwrap();
+        file.set_len(MAX_FILE + 1).unwrap();
+        let (sources, refused) = Directory::new(directory.path()).scan().unwrap();
+        let names: Vec<&str> = sources.iter().map(|it| it.file.as_str()).collect();
+        assert_eq!(names, ["a.yaml", "applied/c.yaml", "b.yml"]);
+        let mut messages: Vec<&str> = refused.iter().map(|it| it.message.as_str()).collect();
+        messages.sort_unstable();
+        assert_eq!(messages, ["the file is larger than 4 MiB", "the file is not UTF-8"]);
+    }
 }

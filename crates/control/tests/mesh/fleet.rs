@@ -135,3 +135,74 @@ async fn stored_registrations_hold_over_a_restart() {
     watcher.until("the service", |it| it.get::<v1::Service>(API).is_some()).await;
     assert_eq!(watcher.get::<v1::Service>(API).unwrap().virtual_ips, service_ip);
 }
+
+/// A relay that can be told to drop everything, as a network does.
+async fn relay(to: std::net::SocketAddr) -> (std::net::SocketAddr, tokio::sync::watch::Sender<bool>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (drop_all, dropping) = tokio::sync::watch::channel(false);
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let mut dropping = dropping.clone();
+            tokio::spawn(async move {
+                let mut far = tokio::net::TcpStream::connect(to).await.unwrap();
+                let dropped = async {
+                    let _ = dropping.wait_for(|dropping| *dropping).await;
+                };
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut near, &mut far) => return,
+                    () = dropped => {}
+                }
+                // Both ends stay open and nothing passes.
+                std::future::pending::<()>().await;
+            });
+        }
+    });
+    (address, drop_all)
+}
+
+#[tokio::test]
+async fn a_silent_workload_is_suspect_until_a_peer_cannot_reach_it_either() {
+    let mesh = Fixture::start().await;
+    let (_channel, other) = mesh.workload(&Name::new("api", "api-1"), API).await;
+    let (token, name) = (mesh.token("api").await, Name::new("api", "api-2"));
+    let (_joined, credentials) = client::join(&token, &name).await.unwrap();
+    let root = sheer_core::token::JoinToken::parse(&token).unwrap().root_sha256;
+    let (address, drop_all) = relay(mesh.plane.proxy_address().unwrap()).await;
+    let channel = client::connect_tls(address, root, Some(&credentials)).await.unwrap();
+    let _silent = client::attach(&channel, client::registration(&name, API)).await.unwrap();
+    let mut watcher = mesh.watcher(API).await;
+    let health = |it: &Discovery| {
+        let endpoints = it.endpoints(API);
+        endpoints.iter().find(|it| it.workload == name.uid()).map(|it| it.health())
+    };
+    watcher.until("both", |it| health(it) == Some(Health::Healthy)).await;
+    drop_all.send_replace(true);
+    watcher.until("suspect", |it| health(it) == Some(Health::Suspect)).await;
+    // Silence alone takes nobody's endpoint away.
+    assert_eq!(watcher.endpoints(API).len(), 4);
+    other.send(proxy_report::Body::Unreachable(v1::Unreachable { workload: name.uid() })).await;
+    watcher.until("gone", |it| health(it).is_none()).await;
+    // The last one of a service stays, whatever peers say.
+    let reporter = mesh.workload(&Name::new("web", "web-1"), "default/web").await;
+    reporter
+        .1
+        .send(proxy_report::Body::Unreachable(v1::Unreachable { workload: "local/host/default/api-1".into() }))
+        .await;
+    assert_eq!(watcher.endpoints(API).len(), 2);
+}
+
+#[tokio::test]
+async fn a_herd_of_two_hundred_attaches_at_once() {
+    let mesh = Fixture::start().await;
+    let herd = (0..200).map(|number| {
+        let name = Name::new("api", &format!("api-{number}"));
+        let mesh = &mesh;
+        async move { mesh.workload(&name, API).await }
+    });
+    let attached = futures::future::join_all(herd).await;
+    let mut watcher = mesh.watcher(API).await;
+    watcher.until("all of them", |it| it.endpoints(API).len() == 400).await;
+    drop(attached);
+    watcher.until("none", |it| it.endpoints(API).is_empty()).await;
+}
