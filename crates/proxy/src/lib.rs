@@ -1,5 +1,6 @@
 //! The data plane: one proxy beside one workload.
 
+pub mod admin;
 pub mod body;
 pub mod capture;
 pub mod connection;
@@ -12,12 +13,14 @@ pub mod error;
 pub mod forward;
 pub mod h1;
 pub mod h2;
+pub mod health;
 pub mod identity;
 pub mod inbound;
 pub mod io;
 pub mod listen;
 #[cfg(test)]
 mod mesh_tests;
+pub mod link;
 pub mod metrics;
 pub mod outbound;
 pub mod plan;
