@@ -29,6 +29,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
 
 /// Larger than any message here.
 pub(crate) const MESSAGE: usize = 64 * 1024;
@@ -48,8 +49,6 @@ pub(crate) struct KeeperPlan {
     pub(crate) set: Vec<(String, String)>,
     /// Variables taken from the command.
     pub(crate) unset: Vec<String>,
-    /// nft tables to remove should the supervisor not live to do it.
-    pub(crate) tables: Vec<String>,
 }
 
 /// What the supervisor says.
@@ -58,6 +57,8 @@ pub(crate) struct KeeperPlan {
 pub(crate) enum ToKeeper {
     /// Start the command.
     Start,
+    /// End; the supervisor itself cleans up. Without it the end of the link means that the supervisor has died.
+    Leave,
     /// Send the command a signal.
     Signal {
         /// Its number.
@@ -139,6 +140,10 @@ struct Keeper {
     vending: Option<OwnedFd>,
     signals: SignalFd,
     running: Option<Pid>,
+    /// Whether the supervisor said that it cleans up.
+    relieved: bool,
+    /// Undone at the end, when nothing of the workload runs any more.
+    joined: Option<namespace::Joined>,
 }
 
 impl Keeper {
@@ -149,12 +154,13 @@ impl Keeper {
         let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         nix::sys::prctl::set_child_subreaper(true)?;
 
-        let mut vending = None;
+        let (mut vending, mut joined) = (None, None);
         let mut descriptors = Vec::new();
         let (mut roles, mut tables) = (Vec::new(), 0);
         if let Some(namespace) = &plan.namespace {
             let made = namespace::make(namespace, &plan.run_dir)?;
             tables = made.tables.len();
+            joined = made.joined;
             for (role, socket) in made.listeners {
                 roles.push(role);
                 descriptors.push(socket);
@@ -166,7 +172,7 @@ impl Keeper {
         }
         let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(OwnedFd::as_fd).collect();
         tell(link.as_fd(), &FromKeeper::Made { listeners: roles, tables }, &borrowed)?;
-        Ok(Self { plan, command: command.to_vec(), link, vending, signals, running: None })
+        Ok(Self { plan, command: command.to_vec(), link, vending, signals, running: None, relieved: false, joined })
     }
 
     /// Serves until the supervisor closes the link.
@@ -206,6 +212,10 @@ impl Keeper {
         };
         match serde_json::from_slice(&buffer[..length])? {
             ToKeeper::Start => self.start(),
+            ToKeeper::Leave => {
+                self.relieved = true;
+                return Ok(false);
+            }
             ToKeeper::Signal { number } => {
                 if let (Some(pid), Ok(signal)) = (self.running, Signal::try_from(number)) {
                     // It may have ended in this moment, which SIGCHLD will tell.
@@ -293,18 +303,28 @@ impl Keeper {
     }
 
     /// The workload is over: nothing of it stays.
-    fn end(&self) {
+    fn end(&mut self) {
         descendants::kill_all();
-        // The lock is free only when the supervisor died without cleaning up.
-        if let Ok(Some(run)) = rundir::abandoned(&self.plan.run_dir) {
-            for table in &self.plan.tables {
+        self.joined = None;
+        if self.relieved {
+            return;
+        }
+        // The kernel may close the link of a dying process before it frees its lock.
+        for _ in 0..LOCK_TRIES {
+            if let Ok(Some(run)) = rundir::abandoned(&self.plan.run_dir) {
                 // There is nobody left to tell; `sheer clean` tries again and says.
-                let _ = crate::nft::remove(table);
+                let _ = run.remove();
+                return;
             }
-            let _ = run.remove();
+            std::thread::sleep(LOCK_PAUSE);
         }
     }
 }
+
+/// How often a dead supervisor's lock is tried: for two seconds, then another supervisor has taken over its directory.
+const LOCK_TRIES: u32 = 100;
+/// The pause between two tries.
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Standard input and output become /dev/null; standard error stays for complaints.
 fn release_streams() -> Result<()> {

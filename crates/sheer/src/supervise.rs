@@ -366,7 +366,8 @@ impl Supervisor {
             adopted.end();
         }
         self.proxy.kill();
-        // The keeper ends when it hears nobody any more.
+        // One that has died already needs not know; it ends in any case when it hears nobody any more.
+        let _ = keeper::tell(self.link.as_fd(), &ToKeeper::Leave, &[]);
         if let Ok((closed, _)) = std::os::unix::net::UnixStream::pair() {
             self.link = closed.into();
         }

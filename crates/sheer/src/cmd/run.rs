@@ -87,6 +87,10 @@ pub(crate) struct Workload {
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) capture: CaptureChoice,
 
+    /// With --capture netns: a network namespace that exists, by name ('ip netns') or path, instead of one of its own
+    #[arg(long, value_name = "NAME")]
+    pub(crate) netns: Option<PathBuf>,
+
     /// What is enforced [default: strict where Sheer makes the namespace, watch where it adopts, else permissive]
     #[arg(long, value_enum)]
     pub(crate) mode: Option<ModeChoice>,

@@ -3,16 +3,16 @@
 use super::names;
 use super::netlink::Netlink;
 use crate::sockets::{self, Kind, LOOPBACK};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use serde::{Deserialize, Serialize};
 use sheer_proxy::capture::rules;
 use sheer_proxy::plan::{Role, ServiceRef};
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Where listeners inside are bound; free for them alone, since nothing else runs there yet. Applications that listen on
 /// one of these ports themselves get another from [`free_port`].
@@ -22,6 +22,8 @@ const DNS: u16 = 15053;
 /// What the namespace shall look like.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct NamespacePlan {
+    /// A network namespace that exists, to be used instead of one of its own.
+    pub(crate) join: Option<PathBuf>,
     /// The search list of its resolv.conf.
     pub(crate) search: Vec<String>,
     /// Ports of the host's loopback to let through.
@@ -47,19 +49,76 @@ pub(crate) struct Upstream {
 pub(super) struct Made {
     pub(super) listeners: Vec<(Role, OwnedFd)>,
     pub(super) tables: Vec<OwnedFd>,
+    /// Set for a namespace that outlives the workload.
+    pub(super) joined: Option<Joined>,
+}
+
+/// A namespace of somebody else's, with a list of what was changed there. Undone when dropped.
+#[derive(Default)]
+pub(super) struct Joined {
+    /// Locked: one workload at a time.
+    namespace: Option<File>,
+    addresses: Vec<IpAddr>,
+    routes: Vec<IpAddr>,
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        if self.namespace.is_none() {
+            return;
+        }
+        let complain =
+            |what: &str, error: &dyn std::fmt::Display| anstream::eprintln!("sheer: cannot undo {what}: {error}");
+        if let Err(error) = crate::nft::remove("sheer") {
+            complain("the rules", &error);
+        }
+        let Ok(mut netlink) = Netlink::open() else { return };
+        for route in &self.routes {
+            if let Err(error) = netlink.unroute_all(*route) {
+                complain("a default route", &error);
+            }
+        }
+        for address in &self.addresses {
+            if let Err(error) = netlink.remove_address(*address) {
+                complain("an address", &error);
+            }
+        }
+    }
 }
 
 /// Moves this process into namespaces of its own, fills them, and makes the listeners.
 pub(super) fn make(plan: &NamespacePlan, scratch: &Path) -> Result<Made> {
-    enter().map_err(|error| with_remedy(&error))?;
-    fill(plan, scratch).map_err(|error| {
+    let mut joined = Joined::default();
+    match &plan.join {
+        Some(path) => join(path, &mut joined)?,
+        None => enter().map_err(|error| with_remedy(&error))?,
+    }
+    let made = fill(plan, scratch, &mut joined).map_err(|error| {
         let denied = error.chain().any(|cause| {
             cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::PermissionDenied)
                 || matches!(cause.downcast_ref::<Errno>(), Some(Errno::EPERM | Errno::EACCES))
                 || cause.to_string().contains("Operation not permitted")
         });
         if denied { with_remedy(&error) } else { error }
-    })
+    })?;
+    Ok(Made { joined: joined.namespace.is_some().then_some(joined), ..made })
+}
+
+/// Enters a network namespace that exists, and takes it for this workload.
+fn join(path: &Path, joined: &mut Joined) -> Result<()> {
+    let namespace = File::open(path).with_context(|| {
+        format!("--netns: there is no network namespace {}; 'ip netns' lists those with a name", path.display())
+    })?;
+    setns(&namespace, CloneFlags::CLONE_NEWNET).with_context(|| format!("cannot enter {}", path.display()))?;
+    unshare(CloneFlags::CLONE_NEWNS).context("cannot make a mount namespace")?;
+    match namespace.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => bail!("--netns: another workload captures {} already", path.display()),
+        Err(TryLockError::Error(error)) => return Err(error).context("cannot lock the network namespace"),
+    }
+    joined.namespace = Some(namespace);
+    // What a killed keeper left, whose lock is free.
+    crate::nft::remove("sheer")
 }
 
 fn enter() -> Result<()> {
@@ -81,12 +140,12 @@ fn enter() -> Result<()> {
     Ok(())
 }
 
-fn fill(plan: &NamespacePlan, scratch: &Path) -> Result<Made> {
+fn fill(plan: &NamespacePlan, scratch: &Path, joined: &mut Joined) -> Result<Made> {
     use nix::mount::{MsFlags, mount};
     let no: Option<&str> = None;
     mount(no, "/", no, MsFlags::MS_REC | MsFlags::MS_SLAVE, no).context("cannot detach mounts from the host's")?;
     let replaced = names::replace(scratch, rules::OWN_V4.into(), &plan.search)?;
-    network().context("cannot set up the namespace's network")?;
+    network(joined).context("cannot set up the namespace's network")?;
 
     let mut listeners = Vec::new();
     let outbound = free_port(OUTBOUND, &plan.ports);
@@ -110,28 +169,37 @@ fn fill(plan: &NamespacePlan, scratch: &Path) -> Result<Made> {
 
     let mut tables = vec![OwnedFd::from(File::open("/proc/net/tcp").context("cannot open /proc/net/tcp")?)];
     tables.extend(File::open("/proc/net/tcp6").ok().map(OwnedFd::from));
-    Ok(Made { listeners, tables })
+    Ok(Made { listeners, tables, joined: None })
 }
 
-fn network() -> std::io::Result<()> {
+fn network(made: &mut Joined) -> std::io::Result<()> {
     let mut netlink = Netlink::open()?;
     netlink.loopback_up()?;
-    netlink.add_address(rules::OWN_V4.into())?;
-    netlink.route_all(rules::OWN_V4.into())?;
-    // A machine without IPv6 has neither addresses nor routes to set.
-    if Path::new("/proc/sys/net/ipv6").exists() {
-        let unavailable = |error: &std::io::Error| {
-            matches!(error.raw_os_error(), Some(nix::libc::EAFNOSUPPORT | nix::libc::EACCES | nix::libc::EOPNOTSUPP))
-        };
-        for address in [IpAddr::V6(rules::OWN_V6), IpAddr::V6(rules::DELIVERY_V6)] {
-            match netlink.add_address(address) {
-                Err(error) if unavailable(&error) => return Ok(()),
-                other => other?,
+    let mut family = |addresses: &[IpAddr]| {
+        for address in addresses {
+            if netlink.add_address(*address)? {
+                made.addresses.push(*address);
             }
         }
-        netlink.route_all(rules::OWN_V6.into())?;
+        if netlink.route_all(addresses[0])? {
+            made.routes.push(addresses[0]);
+        }
+        Ok::<_, std::io::Error>(())
+    };
+    family(&[rules::OWN_V4.into()])?;
+    // A machine without IPv6 has neither addresses nor routes to set.
+    if !Path::new("/proc/sys/net/ipv6").exists() {
+        return Ok(());
     }
-    Ok(())
+    match family(&[rules::OWN_V6.into(), rules::DELIVERY_V6.into()]) {
+        Err(error) if switched_off(&error) => Ok(()),
+        other => other,
+    }
+}
+
+/// Whether the error says that the namespace has no IPv6.
+fn switched_off(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(nix::libc::EAFNOSUPPORT | nix::libc::EACCES | nix::libc::EOPNOTSUPP))
 }
 
 /// `wanted`, or the next port above that the application does not use.

@@ -9,6 +9,7 @@ const LOOPBACK_INDEX: u32 = 1;
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
 const NLMSG_ERROR: u16 = 2;
@@ -24,7 +25,6 @@ const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_PREFSRC: u16 = 7;
 const RT_TABLE_MAIN: u8 = 254;
-const RTPROT_STATIC: u8 = 4;
 /// Whose route it is, for those who list them; above what the kernel and known routing daemons use.
 const RTPROT_SHEER: u8 = 115;
 const RT_SCOPE_HOST: u8 = 254;
@@ -52,32 +52,31 @@ impl Netlink {
         self.ask(RTM_NEWLINK, 0, &body)
     }
 
-    /// Gives `lo` an address of its own, with the longest prefix.
-    pub(super) fn add_address(&mut self, address: IpAddr) -> io::Result<()> {
-        let mut body = vec![family(address), octets(address).len() as u8 * 8, IFA_F_NODAD, 0];
-        body.extend(LOOPBACK_INDEX.to_ne_bytes());
-        attribute(&mut body, IFA_LOCAL, &octets(address));
-        attribute(&mut body, IFA_ADDRESS, &octets(address));
-        self.ask(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, &body)
+    /// Gives `lo` an address of its own, with the longest prefix. False when it is there already.
+    pub(super) fn add_address(&mut self, address: IpAddr) -> io::Result<bool> {
+        fresh(self.ask(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, &own_address(address)))
     }
 
-    /// Routes everything to `lo`, from `source`. The route is a local one: a plain one over loopback is turned into a
-    /// refusal for IPv6, and connect(2) would fail before the rules see the packet.
-    pub(super) fn route_all(&mut self, source: IpAddr) -> io::Result<()> {
-        let mut body =
-            vec![family(source), 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, RT_SCOPE_HOST, RTN_LOCAL, 0, 0, 0, 0];
-        attribute(&mut body, RTA_OIF, &LOOPBACK_INDEX.to_ne_bytes());
-        attribute(&mut body, RTA_PREFSRC, &octets(source));
-        self.ask(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &body)
+    /// Takes it away.
+    pub(super) fn remove_address(&mut self, address: IpAddr) -> io::Result<()> {
+        self.ask(RTM_DELADDR, 0, &own_address(address))
+    }
+
+    /// Routes everything to `lo`, from `source`; false when there is a default route already. The route is a local one: a
+    /// plain one over loopback is turned into a refusal for IPv6, and connect(2) would fail before the rules see the packet.
+    pub(super) fn route_all(&mut self, source: IpAddr) -> io::Result<bool> {
+        fresh(self.ask(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &default_route(source)))
+    }
+
+    /// Takes that route away.
+    pub(super) fn unroute_all(&mut self, source: IpAddr) -> io::Result<()> {
+        self.ask(RTM_DELROUTE, 0, &default_route(source))
     }
 
     /// Gives the range of virtual addresses a route, on a host that has none for it: without one connect(2) fails before
     /// the rules see anything. What is not captured is refused by this machine itself.
     pub(crate) fn add_virtual_route(&mut self) -> io::Result<()> {
-        match self.ask(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &virtual_route()) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-            other => other,
-        }
+        fresh(self.ask(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &virtual_route())).map(drop)
     }
 
     /// Takes that route away.
@@ -107,6 +106,29 @@ impl Netlink {
             _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer is not an acknowledgement")),
         }
     }
+}
+
+/// False for what was there already.
+fn fresh(result: io::Result<()>) -> io::Result<bool> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
+fn own_address(address: IpAddr) -> Vec<u8> {
+    let mut body = vec![family(address), octets(address).len() as u8 * 8, IFA_F_NODAD, 0];
+    body.extend(LOOPBACK_INDEX.to_ne_bytes());
+    attribute(&mut body, IFA_LOCAL, &octets(address));
+    attribute(&mut body, IFA_ADDRESS, &octets(address));
+    body
+}
+
+fn default_route(source: IpAddr) -> Vec<u8> {
+    let mut body = vec![family(source), 0, 0, 0, RT_TABLE_MAIN, RTPROT_SHEER, RT_SCOPE_HOST, RTN_LOCAL, 0, 0, 0, 0];
+    attribute(&mut body, RTA_OIF, &LOOPBACK_INDEX.to_ne_bytes());
+    attribute(&mut body, RTA_PREFSRC, &octets(source));
+    body
 }
 
 /// 240.0.0.0/4 on `lo`.

@@ -111,6 +111,8 @@ pub(super) fn launch(
     let domain = &workload.domain;
     let keeper_plan = KeeperPlan {
         namespace: (settled.capture == Capture::Netns).then(|| NamespacePlan {
+            // A name is relative to where 'ip netns' keeps them; an absolute path replaces that.
+            join: workload.netns.as_ref().map(|name| PathBuf::from("/run/netns").join(name)),
             search: vec![format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.clone()],
             host_ports: workload.host_port.clone(),
             upstreams,
@@ -121,7 +123,6 @@ pub(super) fn launch(
         account: settled.account.ids.clone(),
         set: record.set.clone(),
         unset,
-        tables: record.tables.clone(),
     };
     run.write(&record)?;
     if record.virtual_route {

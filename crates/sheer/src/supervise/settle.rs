@@ -76,6 +76,10 @@ fn capture(workload: &Workload, has_command: bool) -> Result<Capture> {
         Capture::Env if !has_command => {
             bail!("--capture env gives variables to a command; use 'sheer run', or '--capture none' with --upstream")
         }
+        Capture::Netns if workload.netns.is_some() && !root => {
+            bail!("--netns: only root may enter a network namespace that exists; use sudo, or leave it out")
+        }
+        _ if workload.netns.is_some() && chosen != Capture::Netns => bail!("--netns goes with --capture netns alone"),
         _ if selects && chosen != Capture::Cgroup => bail!("--unit and --cgroup go with --capture cgroup alone"),
         _ => Ok(chosen),
     }
@@ -155,6 +159,7 @@ mod tests {
             ("web --capture cgroup", false, "--unit, --cgroup or --user"),
             ("web --capture env --unit a.service", true, "--capture cgroup alone"),
             ("web --capture env", false, "sheer run"),
+            ("web --capture env --netns blue", true, "--capture netns alone"),
             ("web --port 99999", true, "is no port"),
             ("Web", true, "is no name"),
             ("web --user no-such-user", true, "no-such-user"),
