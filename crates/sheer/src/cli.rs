@@ -87,6 +87,8 @@ pub(crate) enum Command {
     Stat(cmd::stat::Args),
     /// Show who calls whom, by which route and protocol
     Edges(cmd::edges::Args),
+    /// Print a link that opens the page of edges and rates, once
+    Dashboard(cmd::dashboard::Args),
     /// Run a control plane as a service
     Control(cmd::control::Args),
     /// The whole thing on one machine, with sample services and load
@@ -112,6 +114,7 @@ impl Command {
             Self::Check(args) => cmd::check::run(args),
             Self::Stat(args) => cmd::stat::run(args),
             Self::Edges(args) => cmd::edges::run(args),
+            Self::Dashboard(args) => cmd::dashboard::run(args),
             Self::Control(args) => cmd::control::run(args),
             Self::Demo(args) => cmd::demo::run(args),
             Self::Token(args) => cmd::token::run(args),

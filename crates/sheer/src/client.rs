@@ -151,6 +151,11 @@ impl Client {
         self.decode(&self.call(Method::GET, path, Bytes::new())?)
     }
 
+    /// `GET`, with any answer.
+    pub(crate) fn get_bytes(&self, path: &str) -> anyhow::Result<Bytes> {
+        self.call(Method::GET, path, Bytes::new())
+    }
+
     /// `POST` of JSON, with a JSON answer.
     pub(crate) fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
         self.decode(&self.call(Method::POST, path, serde_json::to_vec(body)?.into())?)

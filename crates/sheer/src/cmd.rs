@@ -4,6 +4,7 @@ pub(crate) mod apply;
 pub(crate) mod check;
 pub(crate) mod clean;
 pub(crate) mod control;
+pub(crate) mod dashboard;
 pub(crate) mod delete;
 pub(crate) mod demo;
 pub(crate) mod diff;

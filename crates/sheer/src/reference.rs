@@ -166,7 +166,7 @@ fn examples() -> Vec<String> {
     let helps: Vec<String> = texts.filter_map(|c| c.get_after_help().map(ToString::to_string)).collect();
     let lines = helps.iter().flat_map(|help| help.lines());
     let commands = lines.filter_map(|line| line.split(" # ").next()?.split_once("sheer ").map(|(_, rest)| rest));
-    commands.map(|rest| rest.split([';', '>', '|', '&']).next().unwrap_or(rest).trim().to_owned()).collect()
+    commands.map(|rest| rest.split([';', '>', '|', '&', ')']).next().unwrap_or(rest).trim().to_owned()).collect()
 }
 
 #[test]

@@ -1,12 +1,15 @@
-//! `sheer control`: the control plane as a service.
+//! `sheer control`: the control plane as a service, its backup and its restore.
 
+use crate::client::{Absent, Connect};
 use crate::dirs::{self, Dirs};
-use crate::output::Progress;
+use crate::output::{self, Progress};
 use anyhow::{Context as _, bail};
 use sheer_control::{ControlPlane, Options};
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,10 +17,18 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// Flags of `sheer control`.
 #[derive(clap::Args)]
-#[command(after_help = "Examples:
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:
   sheer control --config /etc/sheer/mesh.d --state /var/lib/sheer
-  sheer control --proxy-listen 10.0.0.5:15012 --advertise mesh.example.com:15012")]
+  sheer control --proxy-listen 10.0.0.5:15012 --advertise mesh.example.com:15012
+  sheer control backup -o sheer.backup
+  sheer control restore -i sheer.backup"
+)]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+
     #[command(flatten)]
     place: Place,
 
@@ -50,12 +61,64 @@ pub(crate) struct Place {
     pub(crate) sockets: Option<PathBuf>,
 }
 
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Write everything that a new machine needs to take over, also while the control plane runs
+    Backup(Backup),
+    /// Put a backup in place on a machine that has no state yet
+    Restore(Restore),
+}
+
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  sheer control backup -o sheer.backup       # holds the root key: keep it as you keep that")]
+struct Backup {
+    /// The file to write (mode 0600)
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+
+    /// The state to read when no control plane runs [default: the user's]
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+
+    /// Its configuration directory [default: the user's]
+    #[arg(long, value_name = "DIR")]
+    config: Option<PathBuf>,
+
+    #[command(flatten)]
+    connect: Connect,
+}
+
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  sheer control restore -i sheer.backup
+  sheer control restore -i sheer.backup --state /srv/sheer --config /srv/sheer/mesh.d")]
+struct Restore {
+    /// The file to read
+    #[arg(short, long, value_name = "FILE")]
+    input: PathBuf,
+
+    /// The state directory to make [default: the user's]
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+
+    /// The configuration directory to fill [default: the user's]
+    #[arg(long, value_name = "DIR")]
+    config: Option<PathBuf>,
+}
+
 /// Runs until SIGTERM or SIGINT.
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+    match args.command {
+        Some(Command::Backup(args)) => return backup(&args),
+        Some(Command::Restore(args)) => return restore(&args),
+        None => {}
+    }
     let options = args.place.options(args.proxy_listen, args.api_listen, args.advertise)?;
     serve(options, |plane, options| {
         tracing::info!(
             proxies = ?plane.proxy_addresses(),
+            api = ?plane.api_address(),
             config = %options.config.display(),
             state = %options.state.display(),
             "control plane is up"
@@ -162,4 +225,54 @@ fn notify(state: &str) {
     if let Err(error) = sent {
         tracing::warn!(%error, "cannot notify systemd");
     }
+}
+
+fn backup(args: &Backup) -> anyhow::Result<ExitCode> {
+    let dirs = directories(args.config.as_deref(), args.state.as_deref(), None)?;
+    let archive = match args.connect.client()?.get_bytes("/api/v1/backup") {
+        Ok(archive) => archive.to_vec(),
+        Err(error) if error.is::<Absent>() && args.connect.api.is_none() => {
+            let mut archive = Vec::new();
+            sheer_control::backup(&dirs.state, &dirs.config, &mut archive)?;
+            archive
+        }
+        Err(error) => return Err(error),
+    };
+    write_private(&args.output, &archive)
+        .with_context(|| format!("cannot write the backup to {}", args.output.display()))?;
+    anstream::eprintln!("{} holds {} bytes, the root key among them", args.output.display(), archive.len());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whole or not at all, and for this user only.
+fn write_private(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".part");
+    let staged = PathBuf::from(name);
+    let _ = std::fs::remove_file(&staged);
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&staged)?;
+    file.write_all(content).and_then(|()| file.sync_all()).and_then(|()| std::fs::rename(&staged, path)).inspect_err(
+        |_| {
+            // The error is told; the part is of no use.
+            let _ = std::fs::remove_file(&staged);
+        },
+    )
+}
+
+fn restore(args: &Restore) -> anyhow::Result<ExitCode> {
+    let dirs = directories(args.config.as_deref(), args.state.as_deref(), None)?;
+    let archive =
+        std::fs::File::open(&args.input).with_context(|| format!("cannot read the backup {}", args.input.display()))?;
+    let restored = sheer_control::restore(archive, &dirs.state, &dirs.config)?;
+    let config = dirs.config.display();
+    let files = match restored.kept_config {
+        true => format!("{config} held files already, which were left as they are"),
+        false => format!("{} in {config}", output::counted(restored.files, "file")),
+    };
+    anstream::eprintln!(
+        "{} in {}, {files}; start it with 'sheer up' or 'sheer control'",
+        output::counted(restored.records, "record"),
+        dirs.state.display(),
+    );
+    Ok(ExitCode::SUCCESS)
 }

@@ -34,6 +34,19 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let options = args.place.options(args.proxy_listen, args.api_listen, args.advertise)?;
     control::serve(options, |plane, options| {
         let mut rows = Vec::new();
+        if let Some(address) = plane.api_address() {
+            let page = plane.link().unwrap_or_else(|| format!("http://{address}/"));
+            rows.push((
+                "page",
+                page,
+                "for a browser, once and within a minute; 'sheer dashboard' prints another".to_owned(),
+            ));
+            rows.push((
+                "api",
+                format!("http://{address}/api/v1/"),
+                format!("token in {}", plane.api_token_file().display()),
+            ));
+        }
         for address in plane.proxy_addresses() {
             rows.push(("proxies", address.to_string(), "other hosts join with 'sheer token create'".to_owned()));
         }
