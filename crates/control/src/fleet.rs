@@ -371,6 +371,28 @@ impl Fleet {
         }
     }
 
+    /// Forgets certificates that ended too long ago to be renewed, of workloads that are not registered.
+    pub fn forget_certificates(&self, control: &Control, grace: Duration) {
+        let grace = i64::try_from(grace.as_secs()).unwrap_or(i64::MAX);
+        let now = control.clock.unix();
+        let mut forgotten = Vec::new();
+        {
+            let members = self.members.lock();
+            self.certificates.lock().retain(|uid, it| {
+                let keep = members.contains_key(uid) || now <= it.not_after.saturating_add(grace);
+                if !keep {
+                    forgotten.push(uid.clone());
+                }
+                keep
+            });
+        }
+        if !forgotten.is_empty() {
+            control.store.write_later(move |transaction| {
+                forgotten.iter().try_for_each(|uid| transaction.remove(Table::Certificates, uid))
+            });
+        }
+    }
+
     /// What time alone decides: called every second.
     pub fn tend(&self, control: &Control) {
         let mut forgotten = Vec::new();

@@ -37,6 +37,7 @@ pub use backup::{BackupError, Restored, backup, restore};
 use ca::{Authority, CaError};
 use clock::Clock;
 use fleet::Fleet;
+use parking_lot::Mutex;
 use push::Hub;
 use rustls_pki_types::CertificateDer;
 use sheer_core::api::{Applied, TokenRequest, TokenView, WorkloadView};
@@ -151,6 +152,9 @@ pub struct Control {
     stopped: watch::Receiver<bool>,
     state_directory: PathBuf,
     started: i64,
+    trust_domain: String,
+    /// The trust domain of the configuration, where it is another one.
+    wanted_trust_domain: Mutex<Option<String>>,
 }
 
 /// A running control plane. Dropped, it stops at once; see [`ControlPlane::stop`].
@@ -220,6 +224,8 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
         store,
         stopped: stopped.clone(),
         state_directory: options.state.clone(),
+        trust_domain,
+        wanted_trust_domain: Mutex::default(),
     });
     control.reconfigure(compiled);
     control.fleet.load(&control)?;
@@ -434,7 +440,11 @@ impl Control {
     }
 
     /// Puts a configuration into force.
-    fn reconfigure(&self, compiled: Compiled) {
+    fn reconfigure(&self, mut compiled: Compiled) {
+        // Every identity in use is of the domain that this process began with.
+        let other = compiled.mesh.trust_domain != self.trust_domain;
+        let wanted = std::mem::replace(&mut compiled.mesh.trust_domain, self.trust_domain.clone());
+        *self.wanted_trust_domain.lock() = other.then_some(wanted);
         self.door.grace_s.store(compiled.mesh.renewal_grace.as_secs(), Ordering::Relaxed);
         let trust = self.trust_bundle(&compiled.mesh.trust_domain);
         let assigned = self.state.reconfigure(Arc::new(compiled));
@@ -562,8 +572,8 @@ impl Control {
             self.fleet.tend(&self);
             if ticks.is_multiple_of(60) {
                 self.telemetry.tend(&self.clock);
-                let trust_domain = self.state.compiled().mesh.trust_domain.clone();
-                if let Err(error) = self.authority.rotate(&trust_domain) {
+                self.fleet.forget_certificates(&self, self.state.compiled().mesh.renewal_grace);
+                if let Err(error) = self.authority.rotate(&self.trust_domain) {
                     tracing::error!(%error, "the issuing certificate could not be renewed");
                 }
                 if let Err(error) = attest::forget_tokens(&self.store, &self.clock).await {

@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -23,6 +24,8 @@ use tonic::transport::server::Connected;
 const MAX_CONNECTIONS: usize = 20_000;
 /// Handshakes at a time; a herd of 200 fits, a flood waits in the listen queue.
 const MAX_HANDSHAKES: usize = 256;
+/// What a peer without a certificate may take: it asks for one, and comes back with it.
+const STRANGER: Duration = Duration::from_secs(60);
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Streams of one connection: a proxy opens three.
 const MAX_STREAMS: u32 = 64;
@@ -36,6 +39,8 @@ const PONG: Duration = Duration::from_secs(2);
 pub(crate) struct Connection {
     io: Io,
     peer: Peer,
+    /// When a stranger's connection is cut.
+    end: Option<Pin<Box<Sleep>>>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -98,6 +103,9 @@ fn hung_up(error: &io::Error) -> bool {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.end.as_mut().is_some_and(|end| end.as_mut().poll(cx).is_ready()) {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         match &mut self.io {
             Io::Tls(io) => Pin::new(io).poll_read(cx, buffer),
             Io::Unix(io) => Pin::new(io).poll_read(cx, buffer),
@@ -160,8 +168,10 @@ impl Doorway {
                 let _handshake = handshake;
                 match tokio::time::timeout(HANDSHAKE, greet(stream, address, acceptor, door)).await {
                     Ok(Ok((io, peer))) => {
+                        let stranger = matches!(peer.origin, Origin::Remote { certificate: None });
+                        let end = stranger.then(|| Box::pin(tokio::time::sleep(STRANGER)));
                         // Closed when the control plane stops.
-                        let _ = out.send(Ok(Connection { io, peer, _permit: permit })).await;
+                        let _ = out.send(Ok(Connection { io, peer, end, _permit: permit })).await;
                     }
                     Ok(Err(error)) => tracing::info!(%address, %error, "a proxy's handshake failed"),
                     Err(_) => tracing::info!(%address, "a proxy's handshake took longer than 10 s"),
@@ -182,7 +192,7 @@ impl Doorway {
             let line = Arc::new(Line::default());
             let peer = Peer { origin: Origin::Local { uid: credentials.uid() }, address: None, line: line.clone() };
             let io = Io::Unix(Watched { inner: stream, line });
-            if self.out.send(Ok(Connection { io, peer, _permit: permit })).await.is_err() {
+            if self.out.send(Ok(Connection { io, peer, end: None, _permit: permit })).await.is_err() {
                 return;
             }
         }

@@ -146,6 +146,19 @@ fn configuration(control: &Control) -> Vec<Finding> {
             ..finding(Level::Error, "config", &path, "the configuration directory cannot be read")
         });
     }
+    if let Some(wanted) = &*control.wanted_trust_domain.lock() {
+        findings.push(Finding {
+            why: "all certificates in use are of the present one".to_owned(),
+            mend: "plan for it: restart the control plane, then let every workload join anew; or take it back"
+                .to_owned(),
+            ..finding(
+                Level::Warn,
+                "config",
+                "Mesh",
+                format!("its trust domain {wanted} is not in force; it stays {}", control.trust_domain),
+            )
+        });
+    }
     for diagnostic in &status.diagnostics {
         let place = documents::place(diagnostic);
         let stays = "no file of the directory is taken while one has errors: the configuration before stays in force";

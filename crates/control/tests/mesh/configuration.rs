@@ -95,3 +95,15 @@ async fn a_refused_version_is_shown_and_not_sent_again() {
     proxy.until("the mended one", |it| it.get::<v1::Service>("default/web").is_some()).await;
     until("no refusal", || refused().is_empty()).await;
 }
+
+#[tokio::test]
+async fn the_trust_domain_stays_while_it_runs() {
+    let mesh = Fixture::start().await;
+    let text = "apiVersion: sheer.dev/v1alpha1\nkind: Mesh\nmetadata: {name: mesh}\nspec:\n  trustDomain: other.example\n  \
+                egress: deny\n";
+    std::fs::write(mesh.directory.path().join("config/mesh.yaml"), text).unwrap();
+    let mut proxy = mesh.watcher("default/web").await;
+    proxy.subscribe::<v1::Mesh>(&["*"]).await;
+    proxy.until("the rest of it", |it| it.get::<v1::Mesh>("mesh").is_some_and(|it| it.deny_unknown_egress)).await;
+    assert_eq!(proxy.get::<v1::Mesh>("mesh").unwrap().trust_domain, "mesh.internal");
+}
