@@ -289,6 +289,30 @@ fn ports_of_the_host_are_let_through_by_name_alone() {
 }
 
 #[test]
+fn keys_are_out_of_the_commands_reach() {
+    each(|world| {
+        let state = world.path("state");
+        let (_, out, err) =
+            world.finish(world.workload("run web", Some(&format!("ls -A {}/default | wc -l", state.display()))));
+        assert_eq!(out, "0\n", "{err}");
+        assert!(exists(&state.join("default/web-1")));
+    });
+}
+
+#[test]
+fn all_ports_of_its_own_network_are_the_workloads() {
+    let world = World::of(NOBODY);
+    let running =
+        world.start(world.workload("run web --port 80 --publish 8080=80", Some("exec python3 -m http.server 80")));
+    running.says("is ready");
+    let listens = "until ss -Hltn sport = :80 | grep -q .; do sleep 0.05; done; echo listens";
+    let mut inside = world.sheer("exec web-1 --");
+    inside.args(["timeout", "20", "sh", "-c", listens]);
+    let (_, out, err) = world.finish(inside);
+    assert_eq!(out, "listens\n", "{err}{}", running.err());
+}
+
+#[test]
 fn upstreams_listen_inside() {
     let world = World::of(NOBODY);
     let script = format!("{GET} http://127.0.0.1:6379/");

@@ -24,6 +24,8 @@ const DNS: u16 = 15053;
 pub(crate) struct NamespacePlan {
     /// A network namespace that exists, to be used instead of one of its own.
     pub(crate) join: Option<PathBuf>,
+    /// Directories that the command finds empty: keys of proxies and of the control plane, which bear the same user id.
+    pub(crate) hide: Vec<PathBuf>,
     /// The search list of its resolv.conf.
     pub(crate) search: Vec<String>,
     /// Ports of the host's loopback to let through.
@@ -144,6 +146,11 @@ fn fill(plan: &NamespacePlan, scratch: &Path, joined: &mut Joined) -> Result<Mad
     use nix::mount::{MsFlags, mount};
     let no: Option<&str> = None;
     mount(no, "/", no, MsFlags::MS_REC | MsFlags::MS_SLAVE, no).context("cannot detach mounts from the host's")?;
+    for directory in plan.hide.iter().filter(|directory| directory.is_dir()) {
+        let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+        mount(Some("none"), directory, Some("tmpfs"), flags, Some("size=4k"))
+            .with_context(|| format!("cannot hide {} from the command", directory.display()))?;
+    }
     let replaced = names::replace(scratch, rules::OWN_V4.into(), &plan.search)?;
     network(joined).context("cannot set up the namespace's network")?;
 
@@ -175,6 +182,10 @@ fn fill(plan: &NamespacePlan, scratch: &Path, joined: &mut Joined) -> Result<Mad
 fn network(made: &mut Joined) -> std::io::Result<()> {
     let mut netlink = Netlink::open()?;
     netlink.loopback_up()?;
+    if made.namespace.is_none() {
+        // All ports here are the workload's, also those below 1024. A kernel without the setting keeps them for root.
+        let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+    }
     let mut family = |addresses: &[IpAddr]| {
         for address in addresses {
             if netlink.add_address(*address)? {

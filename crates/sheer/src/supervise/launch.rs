@@ -23,7 +23,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Where root keeps the state of proxies: apart from the control plane's, which no proxy's user may pass through.
@@ -107,12 +107,17 @@ pub(super) fn launch(
         None => unset.push("NOTIFY_SOCKET".into()),
     }
 
+    let base = state_base(workload, dirs)?;
+    let state = state(&base, namespace.as_str(), name, proxy_account)?;
+
     // Of the workload's network.
     let domain = &workload.domain;
     let keeper_plan = KeeperPlan {
         namespace: (settled.capture == Capture::Netns).then(|| NamespacePlan {
             // A name is relative to where 'ip netns' keeps them; an absolute path replaces that.
             join: workload.netns.as_ref().map(|name| PathBuf::from("/run/netns").join(name)),
+            // Of a directory that somebody named, only what is made there: the rest may be the command's own.
+            hide: vec![base.join(namespace.as_str()), dirs.state.clone(), ROOT_STATE.into()],
             search: vec![format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.clone()],
             host_ports: workload.host_port.clone(),
             upstreams,
@@ -138,7 +143,6 @@ pub(super) fn launch(
     }
     let vending = rest.split_off(tables.min(rest.len())).pop();
 
-    let state = state(workload, dirs, namespace.as_str(), name, proxy_account)?;
     let token = token(workload, &mut sockets)?;
     let control = if workload.control.is_empty() {
         vec![format!("unix:{}", nearest_control(dirs).display())]
@@ -342,16 +346,19 @@ fn admin(run: &RunDir) -> Result<OwnedFd> {
     Ok(listener.into())
 }
 
-/// The workload's state directory, its proxy's own.
-fn state(workload: &Workload, dirs: &Dirs, namespace: &str, name: &str, proxy: Option<(u32, u32)>) -> Result<PathBuf> {
-    let root = nix::unistd::geteuid().is_root();
-    let base = match &workload.state {
-        Some(dir) => dir.clone(),
-        None if root => ROOT_STATE.into(),
+/// The directory of the state directories of proxies.
+fn state_base(workload: &Workload, dirs: &Dirs) -> Result<PathBuf> {
+    Ok(match &workload.state {
+        Some(dir) => std::path::absolute(dir)?,
+        None if nix::unistd::geteuid().is_root() => ROOT_STATE.into(),
         None => dirs.state.join("proxies"),
-    };
-    let above = std::path::absolute(base)?.join(namespace);
-    dirs::make(&above, if root { 0o711 } else { 0o700 })?;
+    })
+}
+
+/// The workload's state directory, its proxy's own.
+fn state(base: &Path, namespace: &str, name: &str, proxy: Option<(u32, u32)>) -> Result<PathBuf> {
+    let above = base.join(namespace);
+    dirs::make(&above, if proxy.is_some() { 0o711 } else { 0o700 })?;
     let state = above.join(name);
     dirs::make(&state, 0o700)?;
     if let Some((user, group)) = proxy {
