@@ -19,7 +19,7 @@ const TELL: Duration = Duration::from_secs(1);
 pub struct Link {
     speaking: Option<OwnedWriteHalf>,
     hearing: Option<BufReader<OwnedReadHalf>>,
-    line: String,
+    line: Vec<u8>,
 }
 
 impl Link {
@@ -29,12 +29,12 @@ impl Link {
     /// When it is no stream socket.
     pub fn new(socket: Option<OwnedFd>) -> io::Result<Self> {
         let Some(socket) = socket else {
-            return Ok(Self { speaking: None, hearing: None, line: String::new() });
+            return Ok(Self { speaking: None, hearing: None, line: Vec::new() });
         };
         let stream = std::os::unix::net::UnixStream::from(socket);
         stream.set_nonblocking(true)?;
         let (hearing, speaking) = UnixStream::from_std(stream)?.into_split();
-        Ok(Self { speaking: Some(speaking), hearing: Some(BufReader::new(hearing)), line: String::new() })
+        Ok(Self { speaking: Some(speaking), hearing: Some(BufReader::new(hearing)), line: Vec::new() })
     }
 
     /// Says something. A supervisor that is gone hears nothing; the proxy ends with it anyway.
@@ -50,11 +50,11 @@ impl Link {
     pub async fn hear(&mut self) -> FromSupervisor {
         let Some(hearing) = &mut self.hearing else { return std::future::pending().await };
         loop {
-            // What was read of a line stays in `line` when this is dropped.
+            // What was read of a line stays in `line` when this is dropped (`read_until` promises it, `read_line` not).
             let left = LONGEST_LINE.saturating_sub(self.line.len() as u64);
-            match hearing.take(left).read_line(&mut self.line).await {
-                Ok(read) if read > 0 && self.line.ends_with('\n') => {
-                    let order = serde_json::from_str(self.line.trim());
+            match hearing.take(left).read_until(b'\n', &mut self.line).await {
+                Ok(read) if read > 0 && self.line.ends_with(b"\n") => {
+                    let order = serde_json::from_slice(&self.line);
                     self.line.clear();
                     match order {
                         Ok(order) => return order,

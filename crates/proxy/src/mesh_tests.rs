@@ -1,11 +1,11 @@
 //! Two proxies and an application in one process, over loopback, with real certificates.
 
 use crate::body::Body;
-use crate::demand::{Demand, Demands};
 use crate::drain::{self, Phase};
 use crate::listen::{Open, Traffic, accept};
 use crate::metrics::Metrics;
 use crate::plan::{self, Capture, Mode, Plan, PlannedPort};
+use crate::sync::{Demand, Demands};
 use crate::testing::Authority;
 use crate::upstream::endpoint::Table;
 use crate::worker::{Proxy, Worker};
@@ -71,7 +71,7 @@ fn beside(ca: &Authority, name: &str, ports: &[u16], mode: Mode) -> Beside {
         demand,
         credentials: Arc::new(ArcSwapOption::from(Some(ca.credentials("default", name)))),
         metrics: Arc::new(Metrics::new(1000)),
-        endpoints: Table::default(),
+        endpoints: Arc::new(Table::default()),
         drain: watch,
         inside: None,
         listening: None,
@@ -566,7 +566,7 @@ async fn the_forward_proxy_serves_names_of_the_mesh_with_the_password() {
             demand: old.demand.clone(),
             credentials: old.credentials.clone(),
             metrics: old.metrics.clone(),
-            endpoints: Table::default(),
+            endpoints: Arc::new(Table::default()),
             drain,
             inside: None,
             listening: None,

@@ -219,8 +219,7 @@ async fn to_service(
 /// A configuration that knows the service's routes and endpoints: at its first use they are waited for.
 async fn known(worker: &Worker, service: &ServiceName) -> Result<Arc<Snapshot>, Cause> {
     if worker.live(service).is_none() {
-        let endpoints = &worker.proxy.endpoints;
-        worker.proxy.demand.first_use(service, || endpoints.get(service).is_some_and(|it| it.load().is_some())).await?;
+        worker.proxy.demand.first_use(service).await?;
     }
     Ok(worker.snapshot())
 }

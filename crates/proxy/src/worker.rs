@@ -2,12 +2,12 @@
 
 use crate::capture::listening::Ports;
 use crate::capture::netns::SocketSource;
-use crate::demand::Demand;
 use crate::drain;
 use crate::listen;
 use crate::metrics::{Edge, EdgeKey, Metrics, Protocol, Side};
 use crate::plan::{Plan, Role};
 use crate::record::{Line, Log};
+use crate::sync::Demand;
 use crate::upstream::dial::Connector;
 use crate::upstream::endpoint::{Cell, Live, State, Table};
 use crate::upstream::pool::Pools;
@@ -42,7 +42,7 @@ pub struct Proxy {
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// The endpoints of services in use.
-    pub endpoints: Table,
+    pub endpoints: Arc<Table>,
     /// How far the proxy has come in leaving.
     pub drain: drain::Watch,
     /// Sockets inside the workload's namespace, where it has one of its own.

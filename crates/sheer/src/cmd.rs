@@ -25,6 +25,7 @@ use std::process::ExitCode;
 /// Runs one of the hidden commands that only our own processes start; `None` for any other name.
 pub(crate) fn hidden(name: &OsStr, arguments: &[OsString]) -> Option<anyhow::Result<ExitCode>> {
     match name.to_str()? {
+        "__proxy" => Some(proxy::hidden()),
         "__keeper" => Some(crate::keeper::main(arguments)),
         "__demo-child" => Some(demo::become_child(arguments)),
         "__demo-service" => Some(sheer_demo::main(arguments).map(|()| ExitCode::SUCCESS)),

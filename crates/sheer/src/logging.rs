@@ -23,6 +23,16 @@ pub(crate) fn variables() -> impl Iterator<Item = (&'static str, String)> {
 const FILTER: &str = "SHEER_LOG";
 const FORMAT: &str = "SHEER_LOG_FORMAT";
 
+/// Starts logging in a hidden process, as the one that started it does.
+///
+/// # Errors
+/// As [`start`].
+pub(crate) fn start_as_told() -> anyhow::Result<()> {
+    let told = |name| std::env::var(name).ok();
+    let format = if told(FORMAT).as_deref() == Some("json") { Format::Json } else { Format::Text };
+    start(told(FILTER).as_deref().unwrap_or("info"), format)
+}
+
 /// Starts logging. To be called once, before threads are started.
 ///
 /// # Errors

@@ -100,7 +100,8 @@ impl Requests {
             return;
         }
         let names: Vec<String> = new.iter().map(ServiceName::to_string).collect();
-        for kind in [Kind::Endpoints, Kind::Routes] {
+        // Routes first: a service whose endpoints are there is used, and must then be used by its routes.
+        for kind in [Kind::Routes, Kind::Endpoints] {
             if self.asked.is_empty() {
                 self.begin(kind, names.clone(), view, uid).await;
             } else {

@@ -1,7 +1,10 @@
-//! `sheer proxy`: the proxy alone, beside an existing unit or in a container.
+//! `sheer proxy`: the proxy alone, beside an existing unit or in a container; and the hidden process that a
+//! supervisor starts.
 
 use super::run::Workload;
-use crate::supervise;
+use crate::{logging, supervise};
+use anyhow::Context;
+use std::fs::File;
 use std::process::ExitCode;
 
 /// Flags of `sheer proxy`.
@@ -18,4 +21,15 @@ pub(crate) struct Args {
 /// Stands beside the workload until it is told to stop.
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     supervise::run(&args.workload, &[])
+}
+
+/// `sheer __proxy`: reads its plan from the descriptor that `SHEER_PLAN_FD` names.
+pub(crate) fn hidden() -> anyhow::Result<ExitCode> {
+    logging::start_as_told()?;
+    let number = std::env::var("SHEER_PLAN_FD").ok().and_then(|text| text.parse().ok());
+    let number = number.context("__proxy is started by 'sheer run' and 'sheer proxy' alone")?;
+    let file = File::from(sheer_proxy::platform::adopt(number)?);
+    let plan = serde_json::from_reader(file).context("cannot read the proxy's plan")?;
+    sheer_proxy::run(plan)?;
+    Ok(ExitCode::SUCCESS)
 }
