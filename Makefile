@@ -75,7 +75,7 @@ $(CARGO_DENY):
 
 .PHONY: unit
 unit: ## All tests of all crates
-	$(CARGO) test --locked --workspace
+	$(CARGO) test --locked --workspace --no-fail-fast
 
 .PHONY: bench
 bench: ## Measure Sheer beside Envoy, HAProxy and nginx (see bench/README.md)
