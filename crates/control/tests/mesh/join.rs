@@ -154,14 +154,8 @@ async fn a_certificate_renews_itself_also_when_it_ended_a_while_ago() {
     assert!(channel.is_err() || renewed.is_some());
 }
 
-#[tokio::test]
-async fn the_unix_socket_knows_its_own_user() {
-    let mesh = Fixture::start().await;
-    let channel = mesh.unix().await;
-    let name = Name::new("web", "web-1");
-    certify(&channel, &mut Credentials::new(), &name, "").await.unwrap();
-    let mut grpc = tonic::client::Grpc::new(channel);
-    grpc.ready().await.unwrap();
+/// Asks over the unix socket for an identity in namespace `other`.
+async fn certify_elsewhere(mesh: &Fixture) -> Result<v1::CertifyResponse, tonic::Status> {
     let csr = rcgen::CertificateParams::default().serialize_request(&rcgen::KeyPair::generate().unwrap()).unwrap();
     let request = v1::CertifyRequest {
         csr: csr.der().to_vec().into(),
@@ -170,8 +164,33 @@ async fn the_unix_socket_knows_its_own_user() {
         workload: "web-1".into(),
         ..Default::default()
     };
+    let mut grpc = tonic::client::Grpc::new(mesh.unix().await);
+    grpc.ready().await.unwrap();
     let codec = tonic_prost::ProstCodec::<v1::CertifyRequest, v1::CertifyResponse>::default();
     let path = "/sheer.v1.Identity/Certify".parse().unwrap();
-    let refused = grpc.unary(tonic::Request::new(request), path, codec).await.unwrap_err();
+    grpc.unary(tonic::Request::new(request), path, codec).await.map(tonic::Response::into_inner)
+}
+
+#[tokio::test]
+async fn the_unix_socket_knows_its_own_user() {
+    let mesh = Fixture::start().await;
+    let channel = mesh.unix().await;
+    certify(&channel, &mut Credentials::new(), &Name::new("web", "web-1"), "").await.unwrap();
+    let refused = certify_elsewhere(&mesh).await.unwrap_err();
     assert!(refused.message().contains("methods: [{local: {users: ["), "{refused}");
+}
+
+#[tokio::test]
+async fn an_enrollment_lets_a_user_of_this_host_be_somebody_else() {
+    let user = nix::unistd::geteuid();
+    let enrollment = |users: &str| {
+        format!(
+            "apiVersion: sheer.dev/v1alpha1\nkind: Enrollment\nmetadata: {{name: hosts, namespace: other}}\nspec:\n  \
+             methods: [{{local: {{users: [{users}]}}}}]\n  serviceAccounts: [web]\n"
+        )
+    };
+    let mesh = Fixture::with_config(&[("a.yaml", &enrollment(&user.to_string()))]).await;
+    assert_eq!(certify_elsewhere(&mesh).await.unwrap().uid, "local/host/other/web-1");
+    let mesh = Fixture::with_config(&[("a.yaml", &enrollment("4000000000"))]).await;
+    assert_eq!(certify_elsewhere(&mesh).await.unwrap_err().code(), Code::PermissionDenied);
 }
