@@ -1,10 +1,12 @@
-//! The laptop: from a binary and no files, without root.
+//! The laptop: from a binary and no files, without root, to two services that talk through the mesh.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use nix::unistd::{Gid, Uid, chown};
-use sheer_testmesh::program::Program;
-use std::net::TcpListener;
+use sheer_testmesh::program::{Program, run};
+use sheer_testmesh::wait;
+use std::io::{Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -85,6 +87,88 @@ impl Laptop {
         ensure!(!status.success(), "{arguments:?} succeeded: {}", program.output());
         Ok(program.output())
     }
+
+    fn json(&self, arguments: &[&str]) -> Result<serde_json::Value> {
+        let text = run(&mut self.sheer(&[arguments, &["-o", "json"]].concat()))?;
+        serde_json::from_str(&text).with_context(|| format!("{arguments:?} printed {text}"))
+    }
+}
+
+/// A web server in Python: answers with `TEXT`, or with what `http://api/` answered.
+const SERVER: &str = r#"
+import http.server, sys, urllib.request
+port, said = int(sys.argv[1]), sys.argv[2]
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        if said.startswith("http:"):
+            text = b"web heard: " + urllib.request.urlopen(said, timeout=10).read()
+        else:
+            text = said.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"#;
+
+fn get(port: u16) -> Result<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+#[test]
+fn two_commands_and_two_services() -> Result<()> {
+    let laptop = Laptop::new()?;
+    let mut up = laptop.up()?;
+    let serve = |port, said| ["--", "python3", "-c", SERVER, port, said];
+    let api = [&["run", "api", "--port", "8081"][..], &serve("8081", "hello from api")].concat();
+    let mut api = laptop.start("api", &api)?;
+    let published = free_port()?;
+    let publish = format!("{published}=8080");
+    let web = [&["run", "web", "--port", "8080", "--publish", &publish][..], &serve("8080", "http://api/")].concat();
+    let mut web = laptop.start("web", &web)?;
+
+    let answer = wait::until("web answers with what api said", PATIENCE, || {
+        let answer = get(published)?;
+        ensure!(answer.contains("hello from api"), "{answer}\n{}\n{}", web.output(), api.output());
+        Ok(answer)
+    })?;
+    ensure!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("web heard: hello from api"), "{answer}");
+
+    wait::until("stat shows the edge, encrypted", PATIENCE, || {
+        let stat = laptop.json(&["stat"])?;
+        let edges = stat["edges"].as_array().context("edges")?;
+        // Calls before api was ready failed, and make an edge of their own.
+        let met = |edge: &&serde_json::Value| {
+            edge["source"] == "default/web" && edge["destination"] == "default/api" && edge["mtls"] == true
+        };
+        let Some(edge) = edges.iter().find(met) else { bail!("no encrypted edge from web to api: {stat}") };
+        ensure!(edge["total"]["requests"].as_u64() >= Some(1) && edge["total"]["failures"] == 0, "{edge}");
+        Ok(())
+    })?;
+    let text = run(&mut laptop.sheer(&["stat"]))?;
+    ensure!(text.contains("default/web") && text.contains("default/api"), "{text}");
+    let services = laptop.json(&["get", "services"])?;
+    ensure!(services["services"].as_array().is_some_and(|all| all.iter().all(|s| s["implied"] == true)), "{services}");
+    let check = run(&mut laptop.sheer(&["check"]))?;
+    ensure!(!check.contains("error"), "{check}");
+
+    for (program, name) in [(&mut web, "web"), (&mut api, "api"), (&mut up, "up")] {
+        program.signal(Signal::SIGTERM)?;
+        program.wait(PATIENCE).with_context(|| format!("{name} goes on after SIGTERM"))?;
+    }
+    let left: Vec<_> = std::fs::read_dir(laptop.runtime().join("sheer"))?.collect::<Result<_, _>>()?;
+    ensure!(left.iter().all(|entry| !entry.path().join("pid").exists()), "left behind: {left:?}");
+    Ok(())
 }
 
 #[test]
