@@ -293,6 +293,18 @@ impl Fields {
         self.list.iter().map(|field| (self.bytes(field.name()), self.bytes(field.value()), field.known))
     }
 
+    /// Like [`Fields::iter`], with values that share the received bytes instead of borrowing them.
+    pub fn iter_shared(&self) -> impl Iterator<Item = (&[u8], Bytes, Known)> {
+        self.list.iter().map(|field| {
+            let Span { start, len, edited } = field.value();
+            let value = match edited {
+                true => Bytes::copy_from_slice(self.bytes(field.value())),
+                false => self.raw.slice(start as usize..(start + len) as usize),
+            };
+            (self.bytes(field.name()), value, field.known)
+        })
+    }
+
     /// Number of fields.
     pub fn len(&self) -> usize {
         self.list.len()

@@ -291,7 +291,8 @@ async fn serve(worker: &Worker, session: &Session, request: Request) -> Answer {
         ..Line::of_request("inbound", &session.source, &request.head)
     });
     let mut record = Record::begin(edge.clone(), line);
-    let result = deliver(worker, session, request, &mut record).await;
+    let mut outgoing = Outgoing::of(request, &mut record);
+    let result = deliver(worker, session, &mut outgoing, &mut record).await;
     let mut answer = connection::answer(worker, caller, record, result);
     if worker.phase() >= Phase::Told && matches!(session.caller, Who::Peer(_)) {
         answer.say_leaving();
@@ -302,16 +303,14 @@ async fn serve(worker: &Worker, session: &Session, request: Request) -> Answer {
 async fn deliver(
     worker: &Worker,
     session: &Session,
-    request: Request,
+    outgoing: &mut Outgoing,
     record: &mut Record,
 ) -> Result<Response, RequestError> {
-    let Request { mut head, body, interim } = request;
     if worker.phase() >= Phase::Refusing {
         return Err(Cause::Draining.into());
     }
     let place = session.to.clone()?;
-    identify(&session.caller, &mut head.fields)?;
-    let outgoing = Outgoing { head, body: record.meter(body), interim };
+    identify(&session.caller, &mut outgoing.head.fields)?;
     let mut response = match send::to_address(worker, place, outgoing, record).await {
         Err(error) if error.cause == Cause::ConnectRefused && worker.proxy.inside.is_some() => {
             worker.look_again(session.port);

@@ -62,6 +62,11 @@ fn plan(name: &str, ports: &[u16], mode: Mode) -> Plan {
     }
 }
 
+/// A worker for tests that need nothing else.
+pub(crate) fn worker() -> Rc<Worker> {
+    beside(&Authority::new("mesh.internal"), "web", &[], Mode::Strict).worker
+}
+
 fn beside(ca: &Authority, name: &str, ports: &[u16], mode: Mode) -> Beside {
     let (leave, watch) = drain::channel();
     let (demand, demands) = Demand::channel();

@@ -1,6 +1,6 @@
 //! Sending a request to one of several endpoints, and to another when it was provably not processed.
 
-use crate::body::{Body, Interim, Response};
+use crate::body::{Body, Interim, Request, Response};
 use crate::error::RequestError;
 use crate::h1::client::Sent;
 use crate::io::Io;
@@ -19,13 +19,21 @@ use sheer_core::snapshot::Hop;
 use smallvec::SmallVec;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// A request on its way out.
 pub(crate) struct Outgoing {
     pub(crate) head: RequestHead,
     pub(crate) body: Body,
     pub(crate) interim: Interim,
+}
+
+impl Outgoing {
+    /// The request with its body counted.
+    pub(crate) fn of(request: Request, record: &mut Record) -> Self {
+        let Request { head, body, interim } = request;
+        Self { head, body: record.meter(body), interim }
+    }
 }
 
 /// A connection for bytes, what its server has said already, and its place at its endpoint.
@@ -52,10 +60,11 @@ pub(crate) async fn to_one_of(
     worker: &Worker,
     endpoints: &[LiveEndpoint],
     identities: &Arc<[SpiffeId]>,
-    outgoing: Outgoing,
+    outgoing: &mut Outgoing,
     record: &mut Record,
 ) -> Result<Response, RequestError> {
-    let Outgoing { head, mut body, interim } = outgoing;
+    let Outgoing { head, body, interim } = outgoing;
+    let head = &*head;
     let mut avoided = SmallVec::<[usize; MAX_TRIES as usize]>::new();
     let mut last = RequestError::from(Cause::NoEndpoint);
     loop {
@@ -66,8 +75,9 @@ pub(crate) async fn to_one_of(
         let tries = last.tries + 1;
         let in_flight = chosen.state.begin();
         let began = Instant::now();
-        let spare = whole(&body);
-        let failure = match attempt(worker, Place::Endpoint(chosen.clone()), identities, &head, body, &interim).await {
+        let spare = whole(body);
+        let sent = std::mem::take(body);
+        let failure = match attempt(worker, Place::Endpoint(chosen.clone()), identities, head, sent, interim).await {
             Ok(response) => {
                 let waited = began.elapsed();
                 record.waited(waited);
@@ -95,7 +105,7 @@ pub(crate) async fn to_one_of(
         let Failure { progress, cause, body: intact, source } = failure;
         last = RequestError { source, ..RequestError::from(cause).at(chosen.endpoint.address, tries) };
         match intact {
-            Some(intact) if may_retry(progress, &head.method, true, tries) => body = intact,
+            Some(intact) if may_retry(progress, &head.method, true, tries) => *body = intact,
             _ => return Err(last),
         }
     }
@@ -184,7 +194,7 @@ fn whole(body: &Body) -> Option<Body> {
 pub(crate) async fn outside(
     worker: &Worker,
     address: SocketAddr,
-    outgoing: Outgoing,
+    outgoing: &mut Outgoing,
     record: &mut Record,
 ) -> Result<Response, RequestError> {
     let mut response = to_address(worker, Place::External(address), outgoing, record).await?;
@@ -196,14 +206,16 @@ pub(crate) async fn outside(
 pub(crate) async fn to_address(
     worker: &Worker,
     place: Place,
-    outgoing: Outgoing,
+    outgoing: &mut Outgoing,
     record: &mut Record,
 ) -> Result<Response, RequestError> {
-    let Outgoing { head, mut body, interim } = outgoing;
+    let Outgoing { head, body, interim } = outgoing;
+    let head = &*head;
     let to = place.address();
     for tries in 1.. {
         let began = Instant::now();
-        let sent = attempt(worker, place.clone(), &worker.nobody, &head, body, &interim).await;
+        let body_now = std::mem::take(body);
+        let sent = attempt(worker, place.clone(), &worker.nobody, head, body_now, interim).await;
         record.waited(began.elapsed());
         let Failure { progress, cause, body: intact, source } = match sent {
             Ok(response) => return Ok(response),
@@ -211,31 +223,11 @@ pub(crate) async fn to_address(
         };
         let is_new = matches!(cause, Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed);
         match intact {
-            Some(intact) if !is_new && may_retry(progress, &head.method, true, tries) => body = intact,
+            Some(intact) if !is_new && may_retry(progress, &head.method, true, tries) => *body = intact,
             _ => return Err(RequestError { source, ..RequestError::from(cause).at(to, tries) }),
         }
     }
     Err(Cause::ConnectFailed.into())
-}
-
-/// Limits an exchange up to the response's head: the whole of it, and each attempt when there is a limit for those.
-pub(crate) async fn within(
-    deadline: Option<Instant>,
-    attempt: Option<Duration>,
-    sent: impl Future<Output = Result<Response, RequestError>>,
-) -> Result<Response, RequestError> {
-    // One attempt has at most this long; a request that is sent elsewhere has been refused at once.
-    let limit = match (deadline, attempt.map(|limit| Instant::now() + limit)) {
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
-    };
-    match limit {
-        None => sent.await,
-        Some(limit) => match tokio::time::timeout_at(limit.into(), sent).await {
-            Ok(result) => result,
-            Err(_) => Err(Cause::Deadline.into()),
-        },
-    }
 }
 
 /// Opens a connection for bytes to the endpoint that the balancer picks, or to another when it is refused.

@@ -4,7 +4,7 @@
 //! a `te` other than `trailers` (RFC 9113, section 8.2). Refused here: an authority that names a user or differs from
 //! `host`, a path that is none, and more than 100 fields.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, BytesMut};
 use http::header::{HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Uri};
 use sheer_core::head::{Fields, Known, RequestHead, ResponseHead, Scheme, TooManyFields, Version};
@@ -156,7 +156,7 @@ pub(super) fn to_response(head: &ResponseHead) -> Result<http::Response<()>, Ref
 /// Writes fields, without those that belong to an HTTP/1 connection (RFC 9113, section 8.2.2).
 pub(super) fn to_headers(fields: &Fields) -> Result<HeaderMap, Refused> {
     let mut headers = HeaderMap::with_capacity(fields.len());
-    for (name, value, known) in fields.iter() {
+    for (name, value, known) in fields.iter_shared() {
         match known {
             Known::Connection
             | Known::KeepAlive
@@ -169,7 +169,7 @@ pub(super) fn to_headers(fields: &Fields) -> Result<HeaderMap, Refused> {
             _ => {}
         }
         let name = HeaderName::from_bytes(name).map_err(|_| Refused::Malformed)?;
-        let value = HeaderValue::from_maybe_shared(Bytes::copy_from_slice(value)).map_err(|_| Refused::Malformed)?;
+        let value = HeaderValue::from_maybe_shared(value).map_err(|_| Refused::Malformed)?;
         headers.append(name, value);
     }
     Ok(headers)

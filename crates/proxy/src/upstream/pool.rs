@@ -115,9 +115,18 @@ impl Pools {
         identities: &Arc<[SpiffeId]>,
     ) -> Result<h2::client::Connection, DialError> {
         peer.check(identities);
-        if let Some(connection) = peer.share() {
-            return Ok(connection);
+        match peer.share() {
+            Some(connection) => Ok(connection),
+            // Boxed, since it is rare.
+            None => Box::pin(self.new_shared(peer, identities)).await,
         }
+    }
+
+    async fn new_shared(
+        &self,
+        peer: &Rc<Peer>,
+        identities: &Arc<[SpiffeId]>,
+    ) -> Result<h2::client::Connection, DialError> {
         let _turn = peer.dialing.lock().await;
         if let Some(connection) = peer.share() {
             return Ok(connection);
@@ -138,7 +147,9 @@ impl Pools {
     }
 
     async fn dial(&self, peer: &Peer, carried: Carried, identities: &Arc<[SpiffeId]>) -> Result<Io, DialError> {
-        let (io, answered) = self.connector.connect(&peer.place, carried, identities, &peer.sessions).await?;
+        // Boxed, since it is rare and its state is larger than all the rest of a request's.
+        let connecting = self.connector.connect(&peer.place, carried, identities, &peer.sessions);
+        let (io, answered) = Box::pin(connecting).await?;
         if let Some(answered) = answered {
             *peer.answered.borrow_mut() = Some((answered, identities.clone()));
         }

@@ -1,0 +1,155 @@
+//! Two proxies with one worker each before an application: the mesh path, for profiles and measurements.
+//!
+//! `mesh_path BACKEND_PORT [PROTOCOL]` prints where the path begins and runs until it is killed. PROTOCOL is `detect`
+//! (default), `http`, `grpc` or `tcp`. Both proxies are this process, so its CPU time is the path's.
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
+use rustls::pki_types::PrivateKeyDer;
+use sheer_core::identity::SpiffeId;
+use sheer_core::name::{DnsLabel, ServiceName};
+use sheer_core::snapshot::{Endpoint, EndpointSet, Health, Hop, Protocol, Service, ServicePort, Snapshot};
+use sheer_proxy::drain;
+use sheer_proxy::metrics::Metrics;
+use sheer_proxy::plan::{self, Capture, Mode, Plan, PlannedPort, Role, ServiceRef};
+use sheer_proxy::sync::{Demand, Demands};
+use sheer_proxy::upstream::endpoint::Table;
+use sheer_proxy::upstream::tls::Credentials;
+use sheer_proxy::worker::{self, Door, Proxy, Workers};
+use std::error::Error;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let backend: u16 = arguments.next().ok_or("usage: mesh_path BACKEND_PORT [PROTOCOL]")?.parse()?;
+    let protocol = match arguments.next().as_deref() {
+        None | Some("detect") => Protocol::Detect,
+        Some("http") => Protocol::Http,
+        Some("grpc") => Protocol::Grpc,
+        Some("tcp") => Protocol::Tcp,
+        Some(other) => return Err(format!("'{other}' is none of detect, http, grpc, tcp").into()),
+    };
+    let authority = Authority::new()?;
+    let web = ServiceName::parse("web")?;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let endpoint = Endpoint {
+        workload: "local/host/default/web-1".into(),
+        service_port: 80,
+        address: listener.local_addr()?,
+        workload_port: backend,
+        server_name: web.server_name(backend, "mesh.internal").into(),
+        hop: Hop::Sheer1,
+        health: Health::Healthy,
+        weight: 1,
+    };
+    let inbound = Beside::start(&authority, "web", &[backend], Door { listener, role: Role::Inbound }, |_| Ok(()))?;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let entrance: SocketAddr = listener.local_addr()?;
+    let service = ServiceRef { namespace: "default".into(), name: "web".into() };
+    let door = Door { listener, role: Role::Upstream { service, port: 80 } };
+    let outbound = Beside::start(&authority, "api", &[], door, |proxy| {
+        let mut snapshot = Snapshot::clone(&proxy.snapshot.load());
+        let ports = vec![ServicePort { port: 80, protocol }];
+        snapshot.put_service(Arc::new(Service { name: web.clone(), hosts: vec![], addresses: vec![], ports }));
+        proxy.snapshot.store(Arc::new(snapshot));
+        let id = SpiffeId::parse("spiffe://mesh.internal/ns/default/sa/web")?;
+        proxy.endpoints.set(&web, Arc::new(EndpointSet::new(vec![id], vec![Arc::new(endpoint)])));
+        Ok(())
+    })?;
+    println!("{entrance} pid {}", std::process::id());
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    runtime.block_on(async {
+        let (mut inbound, mut outbound) = (inbound, outbound);
+        tokio::join!(inbound.workers.join(), outbound.workers.join());
+    });
+    Ok(())
+}
+
+struct Beside {
+    workers: Workers,
+    _drain: drain::Signal,
+    _demands: Demands,
+}
+
+impl Beside {
+    fn start(
+        authority: &Authority,
+        name: &str,
+        ports: &[u16],
+        door: Door,
+        teach: impl FnOnce(&Proxy) -> Result<(), Box<dyn Error>>,
+    ) -> Result<Self, Box<dyn Error>> {
+        let (signal, watch) = drain::channel();
+        let (demand, demands) = Demand::channel();
+        let proxy = Arc::new(Proxy {
+            plan: plan(name, ports),
+            snapshot: Arc::new(ArcSwap::from_pointee(Snapshot::new(DnsLabel::parse("default")?))),
+            demand,
+            credentials: Arc::new(ArcSwapOption::from(Some(authority.credentials(name)?))),
+            metrics: Arc::new(Metrics::new(1000)),
+            endpoints: Arc::new(Table::default()),
+            drain: watch,
+            inside: None,
+            listening: None,
+        });
+        teach(&proxy)?;
+        Ok(Self { workers: worker::start(&proxy, &[door], 1)?, _drain: signal, _demands: demands })
+    }
+}
+
+fn plan(name: &str, ports: &[u16]) -> Plan {
+    Plan {
+        service: format!("default/{name}"),
+        name: format!("{name}-1"),
+        service_account: name.into(),
+        labels: vec![],
+        ports: ports.iter().map(|port| PlannedPort { port: *port, protocol: plan::Protocol::Detect }).collect(),
+        health: None,
+        capture: Capture::None,
+        mode: Mode::Strict,
+        control: vec![],
+        join_token_file: None,
+        state: std::env::temp_dir(),
+        address: None,
+        network: String::new(),
+        locality: String::new(),
+        listeners: vec![],
+        namespace_sockets: None,
+        namespace_tables: vec![],
+        supervisor: None,
+        proxy_user: None,
+        env_credentials: None,
+        workload_user: None,
+        resolvers: vec![],
+        host_ports: vec![],
+        access_log: false,
+        drain_grace_ms: 1000,
+    }
+}
+
+struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    root: rustls::pki_types::CertificateDer<'static>,
+}
+
+impl Authority {
+    fn new() -> Result<Self, Box<dyn Error>> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let root = params.self_signed(&key)?.der().clone();
+        Ok(Self { issuer: Issuer::new(params, key), root })
+    }
+
+    fn credentials(&self, account: &str) -> Result<Arc<Credentials>, Box<dyn Error>> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        let name = format!("spiffe://mesh.internal/ns/default/sa/{account}");
+        params.subject_alt_names = vec![SanType::URI(name.as_str().try_into()?)];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let leaf = params.signed_by(&key, &self.issuer)?.der().clone();
+        let key = PrivateKeyDer::try_from(key.serialize_der())?;
+        Ok(Credentials::new(vec![leaf], key, "mesh.internal", std::slice::from_ref(&self.root))?)
+    }
+}
