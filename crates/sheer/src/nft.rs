@@ -30,7 +30,9 @@ pub(crate) fn apply(rules: &str) -> Result<()> {
     let mut command = Command::new(find()?);
     command.args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
     let root = nix::unistd::geteuid().is_root();
-    prepare(&mut command, Birth { capabilities: if root { 0 } else { 1 << NET_ADMIN }, ..Birth::default() });
+    // In a group of its own: Ctrl-C at the terminal must not end it halfway.
+    let capabilities = if root { 0 } else { 1 << NET_ADMIN };
+    prepare(&mut command, Birth { capabilities, group: Some(0), ..Birth::default() });
     let mut child = command.spawn().context("cannot start nft")?;
     if let Some(mut stdin) = child.stdin.take() {
         // When nft dies early its complaint says more than the broken pipe.

@@ -203,16 +203,21 @@ async fn tcp(connecting: impl Future<Output = io::Result<TcpStream>>) -> Result<
     Ok(stream)
 }
 
-/// Applications trust 127.0.0.1; peers must not inherit that.
+/// Applications trust 127.0.0.1; peers must not inherit that. In a shared namespace the rules tell a delivery from a dial
+/// of a peer by this source, whatever address of this host is connected to: without it a delivery comes back.
 async fn from_delivery_address(address: SocketAddr) -> io::Result<TcpStream> {
-    use crate::capture::rules::DELIVERY_V4;
-    if !matches!(address, SocketAddr::V4(v4) if v4.ip().is_loopback()) {
-        return TcpStream::connect(address).await;
-    }
-    let socket = tokio::net::TcpSocket::new_v4()?;
+    use crate::capture::rules::{DELIVERY_V4, DELIVERY_V6};
+    let (socket, source) = match address {
+        SocketAddr::V4(_) => (tokio::net::TcpSocket::new_v4()?, SocketAddr::new(DELIVERY_V4.into(), 0)),
+        SocketAddr::V6(_) => (tokio::net::TcpSocket::new_v6()?, SocketAddr::new(DELIVERY_V6.into(), 0)),
+    };
     // Many connections may share the source port as long as their destinations differ.
     let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true);
-    socket.bind(SocketAddr::new(DELIVERY_V4.into(), 0))?;
+    match socket.bind(source) {
+        // The supervisor gives a host this address where rules are made; without rules there is nothing to tell.
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {}
+        other => other?,
+    }
     socket.connect(address).await
 }
 

@@ -53,12 +53,12 @@ impl Netlink {
     }
 
     /// Gives `lo` an address of its own, with the longest prefix. False when it is there already.
-    pub(super) fn add_address(&mut self, address: IpAddr) -> io::Result<bool> {
+    pub(crate) fn add_address(&mut self, address: IpAddr) -> io::Result<bool> {
         fresh(self.ask(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, &own_address(address)))
     }
 
     /// Takes it away.
-    pub(super) fn remove_address(&mut self, address: IpAddr) -> io::Result<()> {
+    pub(crate) fn remove_address(&mut self, address: IpAddr) -> io::Result<()> {
         self.ask(RTM_DELADDR, 0, &own_address(address))
     }
 

@@ -97,8 +97,7 @@ pub(super) fn launch(
     };
     if adopted.is_some() {
         record.tables.push(rules::table(namespace.as_str(), name));
-        // Who watches resolves no virtual address.
-        record.virtual_route = settled.mode != Mode::Watch && !routed(Ipv4Addr::new(240, 0, 0, 1));
+        record.shared = true;
     }
     let notify = Notify::begin(&run.path, settled.account.ids.as_ref().map(|ids| ids.0))?;
     let mut unset: Vec<String> = ["WATCHDOG_PID", "SHEER_PLAN_FD"].map(String::from).into();
@@ -130,9 +129,15 @@ pub(super) fn launch(
         unset,
     };
     run.write(&record)?;
-    if record.virtual_route {
-        let added = Netlink::open().and_then(|mut netlink| netlink.add_virtual_route());
-        added.context("this host has no route for virtual addresses, and none can be added for 240.0.0.0/4")?;
+    if record.shared {
+        let mut netlink = Netlink::open()?;
+        // Fails without IPv6, and then nothing is delivered over it.
+        let _ = netlink.add_address(rules::DELIVERY_V6.into());
+        // Who watches resolves no virtual address.
+        if settled.mode != Mode::Watch && !routed(Ipv4Addr::new(240, 0, 0, 1)) {
+            let added = netlink.add_virtual_route();
+            added.context("this host has no route for virtual addresses, and none can be added for 240.0.0.0/4")?;
+        }
     }
     let (keeper, link) = keeper::spawn(&keeper_plan, command)?;
     record.keeper = Process::of(keeper.id().cast_signed());
@@ -306,8 +311,7 @@ fn adopt(
     Adopted::new(whose, facts)
 }
 
-/// Whether this host has a route to the address; asking sends nothing. One that a workload was given counts as none, so
-/// that it stays for as long as anybody needs it.
+/// Whether this host has a route of its own to the address; asking sends nothing.
 fn routed(address: Ipv4Addr) -> bool {
     let asked = std::net::UdpSocket::bind("0.0.0.0:0").and_then(|socket| {
         socket.connect((address, 9))?;

@@ -7,6 +7,7 @@ use crate::keeper::descendants::began;
 use crate::keeper::netlink::Netlink;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use sheer_proxy::capture::rules::DELIVERY_V6;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -62,9 +63,9 @@ pub(crate) struct Record {
     pub(crate) set: Vec<(String, String)>,
     /// nft tables in the host's network.
     pub(crate) tables: Vec<String>,
-    /// Whether it needs the host's route for virtual addresses.
+    /// Whether it shares the host's network with others, and what all of them need there.
     #[serde(default)]
-    pub(crate) virtual_route: bool,
+    pub(crate) shared: bool,
     /// Where metrics, readiness and liveness are served.
     pub(crate) metrics: Option<String>,
     /// Where mesh peers connect.
@@ -165,8 +166,11 @@ impl RunDir {
             for table in &record.tables {
                 crate::nft::remove(table)?;
             }
-            if record.virtual_route && !self.others_need_route() {
-                Netlink::open()?.remove_virtual_route().context("cannot remove the route for 240.0.0.0/4")?;
+            if record.shared && !self.others_share() {
+                let mut netlink = Netlink::open()?;
+                netlink.remove_virtual_route().context("cannot remove the route for 240.0.0.0/4")?;
+                // Not there without IPv6.
+                let _ = netlink.remove_address(DELIVERY_V6.into());
             }
         }
         for entry in fs::read_dir(&self.path)? {
@@ -181,12 +185,11 @@ impl RunDir {
         Ok(())
     }
 
-    /// Whether another running workload of this user needs the route for virtual addresses.
-    fn others_need_route(&self) -> bool {
+    /// Whether another running workload shares the host's network.
+    fn others_share(&self) -> bool {
         let others = self.path.parent().and_then(|runs| fs::read_dir(runs).ok()).into_iter().flatten().flatten();
-        let needs = |path: &Path| {
-            read(path).is_ok_and(|record| record.virtual_route && record.supervisor.is_some_and(Process::lives))
-        };
+        let needs =
+            |path: &Path| read(path).is_ok_and(|record| record.shared && record.supervisor.is_some_and(Process::lives));
         others.map(|entry| entry.path()).any(|path| path != self.path && needs(&path))
     }
 
