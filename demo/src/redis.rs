@@ -8,6 +8,8 @@ use tokio::net::TcpStream;
 
 const PATIENCE: Duration = Duration::from_secs(5);
 const MAX_REPLY_BYTES: usize = 1 << 20;
+/// Room for the longest error that Redis has.
+const MAX_LINE_BYTES: u64 = 16 << 10;
 const MAX_REPLY_ITEMS: usize = 10_000;
 
 /// A client of one Redis; keeps connections, never retries.
@@ -92,7 +94,7 @@ async fn read(connection: &mut BufReader<TcpStream>) -> Result<Reply> {
 
 async fn read_line(connection: &mut BufReader<TcpStream>) -> Result<String> {
     let mut line = String::new();
-    connection.take(1024).read_line(&mut line).await?;
+    connection.take(MAX_LINE_BYTES).read_line(&mut line).await?;
     let line = line.strip_suffix("\r\n").ok_or_else(|| Error::from(ErrorKind::UnexpectedEof))?;
     Ok(line.to_owned())
 }

@@ -225,7 +225,8 @@ impl Counts {
             let failures = load["failures"].as_array().into_iter().flatten();
             self.failures.extend(failures.take(3).map(|failure| {
                 let text = |key: &str| failure[key].as_str().unwrap_or_default().to_owned();
-                format!("{name}: {}: {}", text("kind"), text("detail"))
+                let after = failure["failed_ms"].as_f64().unwrap_or(0.0) / 1e3;
+                format!("{name}, after {after:.1} s: {}: {}", text("kind"), text("detail"))
             }));
         }
     }
@@ -328,10 +329,10 @@ mod tests {
         counts.read(r#"{"sent":10,"ok":7,"non_2xx":1,"reset":1,"hung_up":0}"#);
         assert_eq!((counts.sent, counts.ok, counts.failed), (10, 7, 2));
         counts.read(
-            r#"{"report":{"total":{"sent":12,"ok":11,"late":1},"loads":{"http1 web":{"failures":[{"kind":"late","detail":"x"}]}}}}"#,
+            r#"{"report":{"total":{"sent":12,"ok":11,"late":1},"loads":{"http1 web":{"failures":[{"failed_ms":1500,"kind":"late","detail":"x"}]}}}}"#,
         );
         assert_eq!((counts.sent, counts.ok, counts.failed), (12, 11, 1));
-        assert_eq!(counts.failures, ["http1 web: late: x"]);
+        assert_eq!(counts.failures, ["http1 web, after 1.5 s: late: x"]);
         counts.read("no JSON");
         assert_eq!(counts.sent, 12);
     }

@@ -53,7 +53,10 @@ pub(super) fn services(shop: u16) -> Vec<Member> {
             service: "redis",
             what: "a real Redis",
             flags: words("--port 6379/tcp"),
-            command: Command::Program(words("redis-server --port 6379 --save --appendonly no --dir /")),
+            // Callers come authenticated from the mesh and not from 127.0.0.1, which alone its protected mode admits.
+            command: Command::Program(words(
+                "redis-server --port 6379 --protected-mode no --save --appendonly no --dir /",
+            )),
         },
         Member {
             name: "cart",
@@ -151,7 +154,7 @@ impl Member {
     pub(super) fn command_line(&self, stage: &Stage) -> Vec<OsString> {
         let mut line: Vec<OsString> = vec!["run".into(), self.service.into(), "--name".into(), self.name.into()];
         line.extend(["--state".into(), stage.state_of(self.name).into_os_string()]);
-        line.extend(["--drain-grace".into(), "5".into()]);
+        line.extend(["--drain-grace".into(), "15".into()]);
         line.extend(self.flags.iter().map(OsString::from));
         line.push("--".into());
         match &self.command {
