@@ -49,9 +49,10 @@ pub(crate) struct Shared {
     #[arg(id = "print-settings", long, global = true)]
     pub(crate) print_settings: bool,
 
-    /// What to log on standard error: error, warn, info, debug, trace, or TARGET=LEVEL,...
-    #[arg(long, value_name = "FILTER", global = true, default_value = "info", hide_default_value = true)]
-    pub(crate) log: String,
+    /// What to log on standard error: error, warn, info, debug, trace, or TARGET=LEVEL,... [default: warn; info for
+    /// sheer control]
+    #[arg(long, value_name = "FILTER", global = true)]
+    pub(crate) log: Option<String>,
 
     /// How to log
     #[arg(long, value_name = "FORMAT", global = true, default_value = "text", hide_default_value = true)]
@@ -98,6 +99,14 @@ pub(crate) enum Command {
 }
 
 impl Command {
+    /// What it logs unless told: a service's log is all there is to see of it, a terminal belongs to the application.
+    pub(crate) fn default_log(&self) -> &'static str {
+        match self {
+            Self::Control(_) => "info",
+            _ => "warn",
+        }
+    }
+
     /// Runs the command; its exit status is the process's.
     pub(crate) fn run(self) -> anyhow::Result<ExitCode> {
         match self {

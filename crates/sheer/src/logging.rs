@@ -30,7 +30,7 @@ const FORMAT: &str = "SHEER_LOG_FORMAT";
 pub(crate) fn start_as_told() -> anyhow::Result<()> {
     let told = |name| std::env::var(name).ok();
     let format = if told(FORMAT).as_deref() == Some("json") { Format::Json } else { Format::Text };
-    start(told(FILTER).as_deref().unwrap_or("info"), format)
+    start(told(FILTER).as_deref().unwrap_or("warn"), format)
 }
 
 /// Starts logging. To be called once, before threads are started.

@@ -49,7 +49,7 @@ fn main() -> ExitCode {
 
 fn run(resolved: &settings::Resolved) -> anyhow::Result<ExitCode> {
     let cli = cli::Cli::from_arg_matches(&resolved.matches)?;
-    logging::start(&cli.shared.log, cli.shared.log_format)?;
+    logging::start(cli.shared.log.as_deref().unwrap_or(cli.command.default_log()), cli.shared.log_format)?;
     for warning in &resolved.warnings {
         tracing::warn!("{warning}");
     }
