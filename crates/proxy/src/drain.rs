@@ -15,6 +15,8 @@ pub enum Phase {
     Told,
     /// A request that arrives is answered `503 draining`, with no byte to the application: peers send it elsewhere.
     Refusing,
+    /// Nothing new comes any more, in either direction: workers end when the last connection has.
+    Ending,
     /// The grace is over: what is still open is closed.
     Closing,
 }

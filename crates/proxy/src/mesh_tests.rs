@@ -58,6 +58,7 @@ fn plan(name: &str, ports: &[u16], mode: Mode) -> Plan {
         resolvers: vec![],
         host_ports: vec![],
         access_log: false,
+        command: false,
         drain_grace_ms: 1000,
     }
 }

@@ -65,6 +65,10 @@ pub struct Plan {
     pub host_ports: Vec<u16>,
     /// Whether an access log line is written for each request (JSON on standard error).
     pub access_log: bool,
+    /// Whether the supervisor started the workload. Then it says when that has gone, and until then its calls are
+    /// carried, also while it leaves.
+    #[serde(default)]
+    pub command: bool,
     /// How long in-flight requests may last after draining began, in milliseconds.
     pub drain_grace_ms: u64,
 }

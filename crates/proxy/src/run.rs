@@ -140,7 +140,7 @@ async fn live(plan: Plan, link: &mut Link) -> Result<(), Error> {
         });
     }
     if let (Some(mut workers), Some(order)) = (workers, order) {
-        leave(order, &mut orders, &signal, &leaving, &mut workers, grace_of(&proxy.plan)).await;
+        leave(order, &mut orders, &signal, &leaving, &mut workers, &proxy.plan).await;
     }
     leaving.send_replace(Leaving::Done);
     // The last counts; without a control plane there is nobody to tell.
@@ -169,10 +169,6 @@ async fn published(proxy: &Proxy) {
     }
 }
 
-fn grace_of(plan: &Plan) -> Duration {
-    Duration::from_millis(plan.drain_grace_ms)
-}
-
 /// One up to two CPUs; then one for each two, to leave the others to the application.
 fn workers_for(cpus: usize) -> usize {
     cpus.div_ceil(2).clamp(1, MAX_WORKERS)
@@ -185,17 +181,24 @@ async fn leave(
     signal: &drain::Signal,
     leaving: &watch::Sender<Leaving>,
     workers: &mut Workers,
-    grace: Duration,
+    plan: &Plan,
 ) {
     let mut gone = order == FromSupervisor::Gone;
     if !gone {
         let began = Instant::now();
+        let grace = Duration::from_millis(plan.drain_grace_ms);
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
         leaving.send_replace(Leaving::Draining { grace_ms });
         signal.set(Phase::Told);
         gone = orders.gone_before(began + SERVE_ON).await;
         signal.set(Phase::Refusing);
-        if !gone {
+        if plan.command {
+            // It is told to stop only now, and may still call others to put its affairs in order.
+            while !gone {
+                gone = orders.next().await == FromSupervisor::Gone;
+            }
+        } else if !gone {
+            signal.set(Phase::Ending);
             tokio::select! {
                 () = workers.join() => return,
                 end = orders.gone_before(began + grace.max(SERVE_ON)) => gone = end,
@@ -203,8 +206,8 @@ async fn leave(
         }
     }
     if gone {
-        leaving.send_replace(Leaving::Gone { reason: "the command ended".to_owned() });
-        signal.set(Phase::Refusing);
+        leaving.send_replace(Leaving::Gone { reason: "the workload ended".to_owned() });
+        signal.set(Phase::Ending);
         // Answers on their way to the caller are still delivered.
         if tokio::time::timeout(CLOSING, workers.join()).await.is_ok() {
             return;

@@ -206,7 +206,7 @@ impl Worker {
             }
         });
         let mut drain = self.drain();
-        drain.reached(drain::Phase::Refusing).await;
+        drain.reached(drain::Phase::Ending).await;
         tokio::select! {
             () = connections.none() => {}
             () = drain.reached(drain::Phase::Closing) => {}

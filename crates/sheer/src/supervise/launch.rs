@@ -182,6 +182,7 @@ pub(super) fn launch(
         resolvers: resolvers(),
         host_ports: workload.host_port.clone(),
         access_log: workload.access_log,
+        command: !command.is_empty(),
         drain_grace_ms: workload.drain_grace.saturating_mul(1000),
     };
     let mut kept = sockets.kept;
