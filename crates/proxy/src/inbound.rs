@@ -80,12 +80,16 @@ pub async fn accept(worker: Rc<Worker>, stream: TcpStream) {
     let Ok(local) = stream.local_addr() else { return };
     let dialled = original_destination(&stream).unwrap_or(local);
     let may_be_plaintext = plaintext(&worker, &stream, dialled.port());
-    let wait = if may_be_plaintext.is_ok() { SILENCE } else { HANDSHAKE_TIMEOUT };
-    let is_mesh = match timeout(wait, first_look(&stream)).await {
+    let may_speak_first = may_be_plaintext.is_ok() && !is_client_first(&worker, dialled.port());
+    let mut looked = timeout(if may_speak_first { SILENCE } else { HANDSHAKE_TIMEOUT }, first_look(&stream)).await;
+    if looked.is_err() && may_speak_first && has_spoken(&stream) {
+        // The rest of a greeting is on its way.
+        looked = timeout(HANDSHAKE_TIMEOUT, first_look(&stream)).await;
+    }
+    let is_mesh = match looked {
         Ok(Ok(Sniffed::Tls(hello))) => hello.offers_mesh,
-        Ok(Ok(_)) => false,
+        Ok(Ok(_)) | Err(_) => false,
         Ok(Err(_)) => return,
-        Err(_) => false,
     };
     match (is_mesh, may_be_plaintext) {
         (true, _) => from_peer(worker, stream, dialled).await,
@@ -122,6 +126,24 @@ async fn first_look(stream: &TcpStream) -> io::Result<Sniffed> {
             }
         })
         .await
+}
+
+/// Whether anything has arrived.
+fn has_spoken(stream: &TcpStream) -> bool {
+    use nix::sys::socket::{MsgFlags, recv};
+    use std::os::fd::AsRawFd;
+    let looked = recv(stream.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
+    looked.is_ok_and(|count| count > 0)
+}
+
+/// Whether clients of this port speak first, as its declared protocol says.
+fn is_client_first(worker: &Worker, port: u16) -> bool {
+    use plan::Protocol::{Detect, Grpc, Http, Http2, Tcp, Tls};
+    let declared = worker.proxy.plan.ports.iter().find(|it| it.port == port);
+    match declared.map_or(Detect, |it| it.protocol) {
+        Http | Http2 | Grpc | Tls => true,
+        Detect | Tcp => false,
+    }
 }
 
 /// Whether plaintext is admitted to a port from where it comes.

@@ -397,6 +397,26 @@ async fn plaintext_to_a_strict_workload_is_refused_with_a_reason() {
 }
 
 #[tokio::test]
+async fn a_permissive_workload_admits_plaintext_as_nobody_and_peers_as_themselves() {
+    let test = async {
+        let port = application("hello").await;
+        let ca = Authority::new("mesh.internal");
+        let web = beside(&ca, "web", &[port], Mode::Permissive);
+        // Where plaintext is redirected its port is the application's; here the proxy's own stands for it.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let inbound = listener.local_addr().unwrap();
+        spawn_local(accept(web.worker.clone(), listener, Traffic::Inbound, Open::default()));
+        let answer = get(inbound, "/").await;
+        assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("port-not-declared"), "{answer}");
+        let api = beside(&ca, "api", &[], Mode::Strict);
+        api.knows("default/web", Protocol::Http, &[(inbound, port)]);
+        let answer = get(api.door(upstream("web")).await, "/").await;
+        assert!(answer.ends_with("uri=spiffe://mesh.internal/ns/default/sa/api"), "{answer}");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
 async fn a_port_that_is_not_declared_is_not_served() {
     let test = async {
         let (port, hidden) = (application("hello").await, application("hidden").await);
