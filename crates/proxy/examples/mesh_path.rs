@@ -106,6 +106,7 @@ fn plan(name: &str, ports: &[u16]) -> Plan {
         labels: vec![],
         ports: ports.iter().map(|port| PlannedPort { port: *port, protocol: plan::Protocol::Detect }).collect(),
         health: None,
+        command: false,
         capture: Capture::None,
         mode: Mode::Strict,
         control: vec![],
