@@ -38,7 +38,7 @@ build: ## Build the release binary, target/release/sheer
 	@ls -l $(TARGET)/release/sheer
 
 .PHONY: test
-test: packages check unit ## What CI runs: check, all tests
+test: packages check unit end-to-end ## What CI runs: check, all tests, the demonstration end to end
 
 .PHONY: packages
 packages:
@@ -76,6 +76,11 @@ $(CARGO_DENY):
 .PHONY: unit
 unit: ## All tests of all crates
 	$(CARGO) test --locked --workspace --no-fail-fast
+
+.PHONY: end-to-end
+end-to-end: ## The demonstration, started and judged from outside (as root, and as an ordinary user)
+	$(CARGO) build --locked -p sheer
+	@scripts/end-to-end $(TARGET)/debug/sheer
 
 .PHONY: bench
 bench: ## Measure Sheer beside Envoy, HAProxy and nginx (see bench/README.md)
