@@ -62,7 +62,7 @@ impl Identity {
         let key = requested_key(&request.csr, &id).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let now = control.clock.unix();
         let grant = self.grant(peer, &request.token, &id, &uid, &key.sha256).map_err(|error| error.status())?;
-        self.refuse_taken_name(&uid, &id)?;
+        self.refuse_taken_name(&uid, &id, &key.sha256)?;
         let issued = control
             .authority
             .issue(&key, &id, compiled.mesh.certificate_lifetime)
@@ -164,12 +164,19 @@ impl Identity {
         })))
     }
 
-    /// A workload's name belongs to the identity that has it, for as long as that one is registered.
-    fn refuse_taken_name(&self, uid: &str, id: &SpiffeId) -> Result<(), Status> {
-        match self.control.fleet.identity_of(uid) {
+    /// A workload's name belongs to the identity that has it, for as long as that one is registered, and to the key that
+    /// has it, for as long as its proxy is connected: two hosts that chose the same name are two workloads.
+    fn refuse_taken_name(&self, uid: &str, id: &SpiffeId, key: &str) -> Result<(), Status> {
+        let fleet = &self.control.fleet;
+        match fleet.identity_of(uid) {
             Some(owner) if owner != *id => Err(Status::already_exists(format!(
                 "the workload name is taken: {uid} is registered as {owner}; choose another --name"
             ))),
+            _ if fleet.is_connected(uid) && fleet.attested(uid).is_some_and(|held| held.key_sha256 != key) => {
+                Err(Status::already_exists(format!(
+                    "the workload name is taken: {uid} is connected, with another key; stop it, or choose another --name"
+                )))
+            }
             _ => Ok(()),
         }
     }

@@ -144,6 +144,11 @@ impl Fleet {
         members.get(uid).filter(|member| member.phase != Phase::Gone).map(|member| member.identity.clone())
     }
 
+    /// Whether a workload's stream is open.
+    pub fn is_connected(&self, uid: &str) -> bool {
+        self.members.lock().get(uid).is_some_and(|member| member.phase == Phase::Connected)
+    }
+
     /// What was attested of a workload.
     pub fn attested(&self, uid: &str) -> Option<Attested> {
         self.certificates.lock().get(uid).cloned()

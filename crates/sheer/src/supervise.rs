@@ -39,6 +39,20 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// When a start that hangs is remarked upon.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// What a workload's own name is made of: its service, and the host where its control plane is on another one, so that
+/// hosts that know nothing of each other choose different names.
+fn stem(service: &str, workload: &Workload) -> String {
+    if workload.control.iter().all(|address| address.to_string().starts_with("unix:")) {
+        return service.to_owned();
+    }
+    let host = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().to_lowercase();
+    let label = |character: char| character.is_ascii_lowercase() || character.is_ascii_digit() || character == '-';
+    let first = host.split('.').next().unwrap_or_default();
+    let text: String = format!("{service}-{first}").chars().filter(|character| label(*character)).collect();
+    // Room for a number, within the 63 characters of a label.
+    text.chars().take(56).collect::<String>().trim_end_matches('-').to_owned()
+}
+
 /// Runs a workload to its end. Without a command, the proxy alone.
 ///
 /// # Errors
@@ -57,7 +71,8 @@ pub(crate) fn run(workload: &Workload, command: &[OsString]) -> Result<ExitCode>
     }
     let namespace = settled.service.namespace.as_str();
     let given = workload.name.as_ref().map(|name| name.as_str());
-    let (run, name) = RunDir::claim(&runs, namespace, settled.service.name.as_str(), given)?;
+    let stem = stem(settled.service.name.as_str(), workload);
+    let (run, name) = RunDir::claim(&runs, namespace, &stem, given)?;
     let mut supervisor = match launch::launch(workload, settled, command, &run, &name, signals, &dirs) {
         Ok(supervisor) => supervisor,
         Err(error) => {

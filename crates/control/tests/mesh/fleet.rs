@@ -83,6 +83,24 @@ async fn a_name_belongs_to_the_identity_that_has_it() {
 }
 
 #[tokio::test]
+async fn two_hosts_that_chose_the_same_name_are_two_workloads() {
+    let mesh = Fixture::start().await;
+    let name = Name::new("api", "api-1");
+    let (first, attached) = mesh.workload(&name, API).await;
+    let second = mesh.unix().await;
+    let mut other = Credentials::new();
+    let refused = certify(&second, &mut other, &name, "").await.unwrap_err();
+    assert!(refused.message().contains("connected, with another key"), "{refused}");
+    // When the first is gone the name is free, also for a new key.
+    drop((first, attached));
+    let start = std::time::Instant::now();
+    while certify(&second, &mut other, &name, "").await.is_err() {
+        assert!(start.elapsed().as_secs() < 10, "the name is still taken");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
 async fn a_workload_cannot_read_or_speak_for_another() {
     let mesh = Fixture::start().await;
     let victim = Name::new("api", "api-1");

@@ -35,7 +35,7 @@ pub(crate) struct Workload {
     #[arg(long, value_name = "PORT[/http|/http2|/grpc|/tcp|/tls]", value_parser = port)]
     pub(crate) port: Vec<PlannedPort>,
 
-    /// The workload's name [default: SERVICE-1, or the next free number]
+    /// The workload's name [default: SERVICE-1 or the next free number, with a control plane elsewhere SERVICE-HOST-1]
     #[arg(long, value_parser = DnsLabel::parse)]
     pub(crate) name: Option<DnsLabel>,
 

@@ -83,11 +83,11 @@ pub(crate) struct RunDir {
 }
 
 impl RunDir {
-    /// Takes the directory of a workload, of the given name or of the first free `SERVICE-N`.
+    /// Takes the directory of a workload, of the given name or of the first free `STEM-N`.
     ///
     /// # Errors
     /// When a workload of this name runs already, or the directory cannot be made.
-    pub(crate) fn claim(runs: &Path, namespace: &str, service: &str, name: Option<&str>) -> Result<(Self, String)> {
+    pub(crate) fn claim(runs: &Path, namespace: &str, stem: &str, name: Option<&str>) -> Result<(Self, String)> {
         if let Some(name) = name {
             return match Self::take(&path_of(runs, namespace, name))? {
                 Some(run) => Ok((run, name.to_owned())),
@@ -97,12 +97,12 @@ impl RunDir {
             };
         }
         for number in 1u32.. {
-            let name = format!("{service}-{number}");
+            let name = format!("{stem}-{number}");
             if let Some(run) = Self::take(&path_of(runs, namespace, &name))? {
                 return Ok((run, name));
             }
         }
-        bail!("there is no free number for another workload of {namespace}/{service}")
+        bail!("there is no free number for another workload {namespace}/{stem}-N")
     }
 
     /// Locks the directory; `None` when somebody else does.
