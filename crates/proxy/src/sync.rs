@@ -1,9 +1,11 @@
 //! The proxy's streams to a control plane: what it is told, and what it reports.
 //!
 //! One connection at a time, to the first control plane that answers, in the order in which they are named. While there
-//! is none, everything goes on with what is held. After an established connection was lost the next attempt comes after
-//! a random time of at most 7 s, and further ones are at most 10 s apart, so that many proxies come back to a restarted
-//! control plane one by one; at the start attempts follow each other quickly.
+//! is none, everything goes on with what is held. After an established connection was lost one attempt follows at once: a
+//! connection that broke alone is replaced before the control plane lets the workload go, which it does after a second.
+//! When that attempt fails the control plane itself is away: the next one comes after a random time of at most 7 s, and
+//! further ones are at most 10 s apart, so that many proxies come back to a restarted control plane one by one. At the
+//! start attempts follow each other quickly.
 
 mod demand;
 mod discovery;
@@ -35,8 +37,11 @@ use tonic::Code;
 use tonic::transport::Channel;
 use view::View;
 
-/// The longest time until the first attempt after an established connection was lost. 200 proxies then come back spread
-/// over more than 5 s.
+/// The longest time until the first attempt after an established connection was lost: a third of what a control plane
+/// waits before it lets a workload go whose connection closed.
+const AT_ONCE: Duration = Duration::from_millis(300);
+
+/// The longest time until the second attempt. 200 proxies then come back spread over more than 5 s.
 const AFTER_LOSS: Duration = Duration::from_secs(7);
 
 /// The longest time between further attempts.
@@ -279,7 +284,8 @@ impl Sync {
 fn pause(failures: u32, established: bool) -> Duration {
     let mut random = rand::rng();
     match (failures, established) {
-        (0, _) => AFTER_LOSS.mul_f64(random.random_range(0.0..1.0)),
+        (0, _) => AT_ONCE.mul_f64(random.random_range(0.0..1.0)),
+        (1, true) => AFTER_LOSS.mul_f64(random.random_range(0.0..1.0)),
         (_, true) => BETWEEN.mul_f64(random.random_range(0.0..1.0)),
         (_, false) => {
             let whole = STARTING_FIRST.saturating_mul(1 << (failures - 1).min(10)).min(STARTING_LAST);
