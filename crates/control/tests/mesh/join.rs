@@ -87,7 +87,7 @@ async fn every_refused_token_says_why() {
 
     mesh.advance(660);
     let late = ask(&token, "web").await;
-    assert!(late.message().contains("expired 6"), "{late}");
+    assert!(late.message().contains("expired"), "{late}");
 }
 
 #[tokio::test]
