@@ -64,10 +64,16 @@ def wait_for(port, limit=15):
     raise RuntimeError(f"nothing listens on port {port} after {limit} s")
 
 
+def family(pid):
+    """A process and all that it started: a contender may have a supervisor."""
+    children = [child for path in glob.glob(f"/proc/{pid}/task/*/children") for child in Path(path).read_text().split()]
+    return [pid, *(member for child in children for member in family(int(child)))]
+
+
 def cpu_seconds(pid):
-    """On-CPU time of all threads, in the scheduler's nanoseconds rather than in ticks."""
+    """On-CPU time of all threads of all its processes, in the scheduler's nanoseconds rather than in ticks."""
     total = 0
-    for path in glob.glob(f"/proc/{pid}/task/*/schedstat"):
+    for path in (path for member in family(pid) for path in glob.glob(f"/proc/{member}/task/*/schedstat")):
         try:
             total += int(Path(path).read_text().split()[0])
         except OSError:
@@ -76,7 +82,9 @@ def cpu_seconds(pid):
 
 
 def resident_mb(pid):
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1)) / 1024
+    """Resident memory of all its processes."""
+    sizes = (Path(f"/proc/{member}/status").read_text() for member in family(pid))
+    return sum(int(re.search(r"VmRSS:\s+(\d+)", size).group(1)) for size in sizes) / 1024
 
 
 def micros(text):
