@@ -186,6 +186,7 @@ impl Fields {
     /// [`TooManyFields`].
     pub fn append(&mut self, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
         let known = Known::of(name.as_bytes());
+        self.edits.reserve(name.len() + value.len());
         let name = self.edit(name.as_bytes());
         let value = self.edit(value);
         self.push(Field::new(known, name, value)?)
@@ -295,14 +296,7 @@ impl Fields {
 
     /// Like [`Fields::iter`], with values that share the received bytes instead of borrowing them.
     pub fn iter_shared(&self) -> impl Iterator<Item = (&[u8], Bytes, Known)> {
-        self.list.iter().map(|field| {
-            let Span { start, len, edited } = field.value();
-            let value = match edited {
-                true => Bytes::copy_from_slice(self.bytes(field.value())),
-                false => self.raw.slice(start as usize..(start + len) as usize),
-            };
-            (self.bytes(field.name()), value, field.known)
-        })
+        self.list.iter().map(|field| (self.bytes(field.name()), self.shared(field.value()), field.known))
     }
 
     /// Number of fields.
@@ -336,6 +330,11 @@ impl Fields {
         let start = self.edits.len() as u32;
         self.edits.extend_from_slice(bytes);
         Span { start, len: bytes.len() as u32, edited: true }
+    }
+
+    fn shared(&self, span: Span) -> Bytes {
+        let bytes = self.bytes(span);
+        if span.edited { Bytes::copy_from_slice(bytes) } else { self.raw.slice_ref(bytes) }
     }
 
     fn bytes(&self, span: Span) -> &[u8] {
@@ -428,6 +427,16 @@ impl RequestHead {
     /// Host and optional port that the request is for: `Host`, the absolute target's, or `:authority`. As sent.
     pub fn authority(&self) -> &str {
         text(self.fields.bytes(self.authority))
+    }
+
+    /// The authority, sharing the received bytes.
+    pub fn shared_authority(&self) -> Bytes {
+        self.fields.shared(self.authority)
+    }
+
+    /// Path and query, sharing the received bytes.
+    pub fn shared_target(&self) -> Bytes {
+        self.fields.shared(self.target)
     }
 
     /// The authority without its port and without a trailing dot. Case as sent.

@@ -65,6 +65,8 @@ struct Session {
     port: u16,
     edges: Edges,
     source: String,
+    /// The value of `x-forwarded-client-cert` that its requests are given.
+    identity: Option<String>,
 }
 
 /// The edges of a connection, resolved once.
@@ -282,7 +284,11 @@ impl Session {
             Some(_) => Place::Application(worker.application(port)),
             None => Place::Application(SocketAddr::new(dialled.ip(), port)),
         });
-        Self { caller, to, port: port.unwrap_or_default(), edges, source }
+        let identity = match &caller {
+            Who::Peer(peer) => Some(format!("URI={peer}")),
+            Who::Unauthenticated | Who::Public => None,
+        };
+        Self { caller, to, port: port.unwrap_or_default(), edges, source, identity }
     }
 
     fn audience(&self) -> Audience {
@@ -332,7 +338,7 @@ async fn deliver(
         return Err(Cause::Draining.into());
     }
     let place = session.to.clone()?;
-    identify(&session.caller, &mut outgoing.head.fields)?;
+    identify(session.identity.as_deref(), &mut outgoing.head.fields)?;
     let mut response = match send::to_address(worker, place, outgoing, record).await {
         Err(error) if error.cause == Cause::ConnectRefused && worker.proxy.inside.is_some() => {
             worker.look_again(session.port);
@@ -345,15 +351,14 @@ async fn deliver(
 }
 
 /// Who a caller is says the mesh, never the caller.
-fn identify(caller: &Who, fields: &mut Fields) -> Result<(), RequestError> {
+fn identify(identity: Option<&str>, fields: &mut Fields) -> Result<(), RequestError> {
     fields.remove_known(IDENTITY_FIELDS);
-    match caller {
-        Who::Peer(peer) => {
-            let value = format!("URI={peer}");
+    match identity {
+        Some(value) => {
             let added = fields.append(Known::ClientCert.as_str(), value.as_bytes());
             added.map_err(|error| RequestError::because(Cause::HeadTooLarge, error))
         }
-        Who::Unauthenticated | Who::Public => Ok(()),
+        None => Ok(()),
     }
 }
 

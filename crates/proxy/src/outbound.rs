@@ -167,10 +167,7 @@ async fn forward(
 ) -> Result<Response, RequestError> {
     let protocol = protocol_of(&outgoing.head);
     match destination {
-        Destination::Service(service, port) => {
-            let snapshot = known(worker, &service.name).await?;
-            to_service(worker, &snapshot, service, *port, outgoing, record).await
-        }
+        Destination::Service(service, port) => to_service(worker, service, *port, outgoing, record).await,
         Destination::Workload(service, live, endpoint) => {
             record.on(worker.named_edge(&service.to_string(), protocol));
             let only = std::slice::from_ref(endpoint);
@@ -186,16 +183,19 @@ async fn forward(
 
 async fn to_service(
     worker: &Worker,
-    snapshot: &Arc<Snapshot>,
     service: &Arc<Service>,
     port: ServicePort,
     outgoing: &mut send::Outgoing,
     record: &mut Record,
 ) -> Result<Response, RequestError> {
-    let rule = route(snapshot, service, port, &outgoing.head)?;
+    let (snapshot, live) = known(worker, &service.name).await?;
+    let rule = route(&snapshot, service, port, &outgoing.head)?;
     let (backend, backend_port) = backend(worker, service, port, rule.as_ref())?;
-    let snapshot = known(worker, backend).await?;
-    let live = worker.live(backend).ok_or(Cause::ControlPlaneAway)?;
+    let (snapshot, live) = match rule {
+        None => (snapshot, live),
+        Some(_) => known(worker, backend).await?,
+    };
+    let live = live.ok_or(Cause::ControlPlaneAway)?;
     let endpoints = live.of_port(backend_port);
     let mtls = endpoints.first().is_some_and(|it| it.endpoint.hop == Hop::Sheer1);
     let protocol = protocol_of(&outgoing.head);
@@ -232,11 +232,13 @@ fn deadline(timeouts: &Timeouts, started: Instant) -> Option<Instant> {
 }
 
 /// A configuration that knows the service's routes and endpoints: at its first use they are waited for.
-async fn known(worker: &Worker, service: &ServiceName) -> Result<Arc<Snapshot>, Cause> {
-    if worker.live(service).is_none() {
+async fn known(worker: &Worker, service: &ServiceName) -> Result<(Arc<Snapshot>, Option<Arc<Live>>), Cause> {
+    let mut live = worker.live(service);
+    if live.is_none() {
         Box::pin(worker.proxy.demand.first_use(service)).await?;
+        live = worker.live(service);
     }
-    Ok(worker.snapshot())
+    Ok((worker.snapshot(), live))
 }
 
 fn route(
@@ -325,8 +327,8 @@ async fn bytes(worker: &Worker, mut near: Io, read: Bytes, destination: &Destina
 async fn connect(worker: &Worker, destination: &Destination) -> Result<Opened, RequestError> {
     match destination {
         Destination::Service(service, port) => {
-            known(worker, &service.name).await?;
-            let live = worker.live(&service.name).ok_or(Cause::ControlPlaneAway)?;
+            let (_, live) = known(worker, &service.name).await?;
+            let live = live.ok_or(Cause::ControlPlaneAway)?;
             send::connect_to_one_of(worker, live.of_port(port.port), &live.identities).await
         }
         Destination::Workload(_, live, endpoint) => {

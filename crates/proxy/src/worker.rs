@@ -17,7 +17,7 @@ use sheer_core::identity::SpiffeId;
 use sheer_core::name::ServiceName;
 use sheer_core::route::Rule;
 use sheer_core::snapshot::{Service, Snapshot};
-use std::cell::{Cell as StdCell, RefCell};
+use std::cell::{Cell as StdCell, OnceCell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -125,6 +125,7 @@ pub struct Worker {
     snapshot: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
     live: RefCell<HashMap<ServiceName, CachedLive, foldhash::fast::RandomState>>,
     edges: RefCell<Edges>,
+    unknown: OnceCell<Arc<Edge>>,
     /// Service ports whose server turned out to speak first.
     server_first: RefCell<HashMap<(ServiceName, u16), ()>>,
     /// Where the application listens, by port.
@@ -182,6 +183,7 @@ impl Worker {
             snapshot: RefCell::new(Cache::new(proxy.snapshot.clone())),
             live: RefCell::default(),
             edges: RefCell::default(),
+            unknown: OnceCell::new(),
             server_first: RefCell::default(),
             application: RefCell::default(),
             random: StdCell::new(rand::random::<u64>() | 1),
@@ -266,7 +268,7 @@ impl Worker {
 
     /// The edge of what went nowhere.
     pub fn unknown_edge(&self) -> Arc<Edge> {
-        self.named_edge("unknown", Protocol::Http1)
+        self.unknown.get_or_init(|| self.named_edge("unknown", Protocol::Http1)).clone()
     }
 
     /// The outbound edge to a destination that is no service.

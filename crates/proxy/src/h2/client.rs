@@ -13,8 +13,8 @@ use h2::Reason;
 use h2::client::SendRequest;
 use sheer_core::cause::Cause;
 use sheer_core::head::{MAX_HEAD_BYTES, RequestHead};
-use std::cell::Cell;
-use std::future::poll_fn;
+use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use tokio::sync::Notify;
@@ -23,7 +23,9 @@ use tokio::sync::Notify;
 /// are gone.
 #[derive(Clone)]
 pub struct Connection {
-    sender: SendRequest<Bytes>,
+    /// Never sends itself, so that it never waits for room: requests are sent by clones of it. Shared, since cloning
+    /// it takes the connection's lock.
+    sender: Rc<RefCell<SendRequest<Bytes>>>,
     load: Rc<Load>,
 }
 
@@ -40,8 +42,10 @@ pub(super) struct StreamPermit(Rc<Load>);
 
 impl StreamPermit {
     fn new(load: &Rc<Load>) -> Self {
-        load.streams.set(load.streams.get() + 1);
-        load.began.notify_one();
+        let before = load.streams.replace(load.streams.get() + 1);
+        if before == 0 {
+            load.began.notify_one();
+        }
         Self(load.clone())
     }
 }
@@ -76,24 +80,31 @@ impl Connection {
         let shared = load.clone();
         tokio::task::spawn_local(async move {
             let mut pinger = Pinger::new(connection.ping_pong());
+            // One timer for the connection's life: while nothing is open it may fire late, and once.
+            let mut beat = std::pin::pin!(tokio::time::sleep(PING_INTERVAL));
             loop {
                 let busy = shared.streams.get() > 0;
                 tokio::select! {
                     biased;
                     _ = &mut connection => break,
-                    () = tokio::time::sleep(PING_INTERVAL), if busy => if !pinger.beat() { break },
+                    () = &mut beat, if busy => {
+                        if !pinger.beat() {
+                            break;
+                        }
+                        beat.as_mut().reset(tokio::time::Instant::now() + PING_INTERVAL);
+                    }
                     () = shared.began.notified(), if !busy => {}
                 }
             }
             shared.closed.set(true);
         });
-        Ok(Self { sender, load })
+        Ok(Self { sender: Rc::new(RefCell::new(sender)), load })
     }
 
     /// True when new requests may be sent: it is open and the other side has not said that it is leaving.
     pub fn is_open(&self) -> bool {
         let mut cx = Context::from_waker(Waker::noop());
-        !self.load.closed.get() && !matches!(self.sender.clone().poll_ready(&mut cx), Poll::Ready(Err(_)))
+        !self.load.closed.get() && !matches!(self.sender.borrow_mut().poll_ready(&mut cx), Poll::Ready(Err(_)))
     }
 
     /// Requests in flight.
@@ -108,7 +119,7 @@ impl Connection {
     /// [`SendError`] when no response head came.
     pub async fn send(&self, head: &RequestHead, body: Body) -> Result<Response, SendError> {
         let permit = StreamPermit::new(&self.load);
-        let mut sender = self.sender.clone();
+        let mut sender = self.sender.borrow().clone();
         if let Err(error) = poll_fn(|cx| sender.poll_ready(cx)).await {
             return Err(unsent(body, error));
         }
@@ -121,13 +132,17 @@ impl Connection {
             Err(error) => return Err(unsent(body, error)),
         };
         let spare = spare(&body);
-        let pump = (!ends).then(|| {
-            let task = tokio::task::spawn_local(async move {
+        let pump = if ends {
+            None
+        } else {
+            let mut pump = Box::pin(async move {
                 // What went wrong is seen on the response.
                 let _ = pump::send(&mut stream, body, Reason::CANCEL).await;
             });
-            AbortOnDrop(task.abort_handle())
-        });
+            // A small body has come with its head, as a rule: it goes on at once. What is left is a task's.
+            let whole = poll_fn(|cx| Poll::Ready(pump.as_mut().poll(cx).is_ready())).await;
+            (!whole).then(|| AbortOnDrop(tokio::task::spawn_local(pump).abort_handle()))
+        };
         let (parts, stream) = match response.await {
             Ok(response) => response.into_parts(),
             Err(error) => {

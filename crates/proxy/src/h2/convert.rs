@@ -37,14 +37,11 @@ pub(super) fn request_of(parts: &http::request::Parts) -> Result<RequestHead, Re
         return Err(Refused::Malformed);
     }
     let target = target_of(parts)?;
-    let mut raw = BytesMut::with_capacity(authority.len() + target.len() + size_of_fields(&parts.headers));
+    let mut raw = BytesMut::with_capacity(authority.len() + target.len() + capacity_for(&parts.headers));
     raw.put_slice(authority.as_bytes());
     raw.put_slice(target.as_bytes());
-    put_fields(&mut raw, &parts.headers);
-    let mut fields = Fields::over(raw.freeze());
-    let start = authority.len() + target.len();
-    push_fields(&mut fields, start, &parts.headers, |name| name != http::header::HOST)?;
-    let target = authority.len()..start;
+    let target = authority.len()..raw.len();
+    let fields = read_fields(raw, &parts.headers, |known| known != Known::Host)?;
     let mut head = RequestHead::received(parts.method.clone(), Version::Http2, 0..target.start, target, fields);
     if parts.uri.scheme() == Some(&http::uri::Scheme::HTTPS) {
         head.scheme = Scheme::Https;
@@ -84,40 +81,30 @@ pub(super) fn response_of(parts: &http::response::Parts) -> Result<ResponseHead,
 
 /// Reads fields: of a head or of trailers.
 pub(super) fn fields_of(headers: &HeaderMap) -> Result<Fields, Refused> {
-    let mut raw = BytesMut::with_capacity(size_of_fields(headers));
-    put_fields(&mut raw, headers);
-    let mut fields = Fields::over(raw.freeze());
-    push_fields(&mut fields, 0, headers, |_| true)?;
-    Ok(fields)
+    read_fields(BytesMut::with_capacity(capacity_for(headers)), headers, |_| true)
 }
 
-fn size_of_fields(headers: &HeaderMap) -> usize {
-    headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum()
+/// Room for as many usual fields.
+fn capacity_for(headers: &HeaderMap) -> usize {
+    headers.len() * 48
 }
 
-fn put_fields(raw: &mut BytesMut, headers: &HeaderMap) {
+/// Lays the fields behind what is there already.
+fn read_fields(mut raw: BytesMut, headers: &HeaderMap, wanted: impl Fn(Known) -> bool) -> Result<Fields, Refused> {
+    let mut fields = Fields::default();
     for (name, value) in headers {
-        raw.put_slice(name.as_str().as_bytes());
-        raw.put_slice(value.as_bytes());
-    }
-}
-
-fn push_fields(
-    fields: &mut Fields,
-    start: usize,
-    headers: &HeaderMap,
-    wanted: impl Fn(&HeaderName) -> bool,
-) -> Result<(), TooManyFields> {
-    let mut place = start;
-    for (name, value) in headers {
-        let name_end = place + name.as_str().len();
-        let value_end = name_end + value.len();
-        if wanted(name) {
-            fields.push_received(place..name_end, name_end..value_end)?;
+        let known = Known::of(name.as_str().as_bytes());
+        if !wanted(known) {
+            continue;
         }
-        place = value_end;
+        let start = raw.len();
+        raw.put_slice(name.as_str().as_bytes());
+        let name_end = raw.len();
+        raw.put_slice(value.as_bytes());
+        fields.push_parsed(known, start..name_end, name_end..raw.len())?;
     }
-    Ok(())
+    fields.lay_over(raw.freeze());
+    Ok(fields)
 }
 
 /// Writes a request's head for the `h2` crate.
@@ -128,10 +115,12 @@ pub(super) fn to_request(head: &RequestHead) -> Result<http::Request<()>, Refuse
     };
     let mut uri = http::uri::Parts::default();
     if !head.authority().is_empty() {
-        uri.authority = Some(http::uri::Authority::try_from(head.authority()).map_err(|_| Refused::Malformed)?);
+        uri.authority =
+            Some(http::uri::Authority::from_maybe_shared(head.shared_authority()).map_err(|_| Refused::Malformed)?);
     }
     if head.method != Method::CONNECT {
-        uri.path_and_query = Some(http::uri::PathAndQuery::try_from(head.target()).map_err(|_| Refused::Malformed)?);
+        uri.path_and_query =
+            Some(http::uri::PathAndQuery::from_maybe_shared(head.shared_target()).map_err(|_| Refused::Malformed)?);
         if uri.authority.is_some() {
             uri.scheme = Some(scheme);
         }

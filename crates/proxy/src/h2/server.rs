@@ -14,7 +14,7 @@ use http::StatusCode;
 use sheer_core::cause::Cause;
 use sheer_core::head::{MAX_HEAD_BYTES, ResponseHead};
 use std::io::IoSlice;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -35,27 +35,32 @@ where
     // Who comes while the proxy is leaving is served for as long as others are.
     let leave_at = if drain.is_told() { drain::Phase::Refusing } else { drain::Phase::Told };
     let mut told = false;
+    let mut leaving = pin!(drain.reached(leave_at));
+    // One timer for the connection's life: while nothing is open it may fire late, and once.
+    let mut beat = pin!(tokio::time::sleep(PING_INTERVAL));
     loop {
         let busy = connection.has_streams();
-        // Dropping the losing arms is safe: accepting keeps its state in the connection, the others have none.
+        // Dropping the losing arm is safe: accepting keeps its state in the connection.
         tokio::select! {
             biased;
             accepted = connection.accept() => match accepted {
                 Some(stream) => {
                     let (request, respond) = stream?;
-                    tokio::task::spawn_local(answer(request, respond, service.clone()));
+                    // Boxed, since a task moves its future about as a whole.
+                    tokio::task::spawn_local(Box::pin(answer(request, respond, service.clone())));
                 }
                 None => return Ok(()),
             },
-            () = drain.reached(leave_at), if !told => {
+            () = &mut leaving, if !told => {
                 told = true;
                 connection.graceful_shutdown();
             }
-            () = tokio::time::sleep(PING_INTERVAL), if busy => {
+            () = &mut beat, if busy => {
                 if !pinger.beat() {
                     connection.abrupt_shutdown(Reason::NO_ERROR);
                     return Ok(());
                 }
+                beat.as_mut().reset(tokio::time::Instant::now() + PING_INTERVAL);
             }
         }
     }
