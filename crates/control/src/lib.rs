@@ -290,7 +290,7 @@ pub fn create_token(state: &Path, config: &Path, request: &TokenRequest) -> Resu
     let compiled = Directory::new(config).load().unwrap_or_default();
     let authority = Authority::open(state, &compiled.mesh.trust_domain, clock.clone())?;
     if request.control.is_empty() {
-        let what = "name the control plane's address, since it does not run: --control HOST:PORT".to_owned();
+        let what = "name the control plane's address, since it does not run: --advertise HOST:PORT".to_owned();
         return Err(TokenRefused::Malformed(what).into());
     }
     let root = authority.root_sha256();

@@ -201,6 +201,20 @@ fn a_backup_starts_on_an_empty_machine() -> Result<()> {
 }
 
 #[test]
+fn a_token_is_made_also_while_no_control_plane_runs() -> Result<()> {
+    let mut plane = Plane::start()?;
+    plane.program.stop()?;
+    let state = plane.path("state").to_string_lossy().into_owned();
+    let create = ["token", "create", "--service-account", "web", "--state", &state, "--advertise", "10.0.0.1:15012"];
+    let token = sheer_core::token::JoinToken::parse(plane.says(&create)?.trim())?;
+    assert_eq!(token.addresses, ["10.0.0.1:15012"]);
+    let nowhere = create.map(|word| if word == state { "/nowhere" } else { word });
+    let refused = plane.refuses(&nowhere)?;
+    ensure!(refused.contains("no control plane's state"), "{refused}");
+    Ok(())
+}
+
+#[test]
 fn the_loopback_address_asks_for_the_token() -> Result<()> {
     let plane = Plane::start()?;
     let text = plane.program.output();

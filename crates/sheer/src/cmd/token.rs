@@ -1,8 +1,10 @@
 //! `sheer token`: how workloads of other hosts join.
 
-use crate::client::Connect;
+use crate::client::{Absent, Connect};
+use crate::dirs::Dirs;
 use crate::{duration, output};
 use sheer_core::api::{TokenRequest, TokenView};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -53,6 +55,10 @@ struct Create {
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Vec<String>,
 
+    /// When no control plane runs: the state directory to make the token in (give --advertise too)
+    #[arg(long, value_name = "DIR", requires = "advertise")]
+    state: Option<PathBuf>,
+
     /// How to print
     #[arg(short, long, default_value = "text")]
     output: Format,
@@ -80,10 +86,24 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         from: args.from.iter().map(ToString::to_string).collect(),
         control: args.advertise,
     };
-    let token: TokenView = args.connect.client()?.post("/api/v1/tokens", &request)?;
+    let token = match (args.connect.client()?.post("/api/v1/tokens", &request), &args.state) {
+        (Err(error), Some(state)) if error.is::<Absent>() => offline(state, &request)?,
+        (answer, _) => answer?,
+    };
     match args.output {
         Format::Json => output::json(&token)?,
         Format::Text => output::print(&token.token)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes into the state of a control plane that does not run.
+fn offline(state: &Path, request: &TokenRequest) -> anyhow::Result<TokenView> {
+    if !state.join("sheer.redb").exists() {
+        anyhow::bail!(
+            "{} is no control plane's state; name the --state that 'sheer control' was given",
+            state.display()
+        );
+    }
+    Ok(sheer_control::create_token(state, &Dirs::of_user()?.config, request)?)
 }
