@@ -44,6 +44,12 @@ pub fn sniff(bytes: &[u8]) -> Sniffed {
         Some(0x16) => sniff_tls(bytes),
         Some(_) if bytes.starts_with(HTTP2_PREFACE) => Sniffed::Http2,
         Some(_) if HTTP2_PREFACE.starts_with(bytes) => Sniffed::Partial,
+        // Servers skip empty lines before a request (RFC 9112, section 2.2).
+        Some(b'\r' | b'\n') => match bytes.iter().position(|byte| !matches!(byte, b'\r' | b'\n')) {
+            Some(start) => sniff_request_line(&bytes[start..]),
+            None if bytes.len() < MAX_LINE => Sniffed::Partial,
+            None => Sniffed::Opaque,
+        },
         Some(_) => sniff_request_line(bytes),
     }
 }
@@ -243,6 +249,9 @@ mod tests {
             (HTTP2_PREFACE, Sniffed::Http2),
             (b"PRI * HTTP/2.0\r\n\r\nXX", Sniffed::Http1),
             (b"PROPFIND / HTTP/1.1\r\n", Sniffed::Http1),
+            (b"\r\n\nGET / HTTP/1.1\r\n", Sniffed::Http1),
+            (b"\r\n", Sniffed::Partial),
+            (b"\r\n+OK\r\n", Sniffed::Opaque),
             (b"GET /\0", Sniffed::Http1),
             (b"GET key\0\r\n", Sniffed::Opaque),
             (b"GET key\r\n", Sniffed::Opaque),

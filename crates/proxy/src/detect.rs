@@ -1,9 +1,10 @@
 //! Reads a client's first bytes until they tell the protocol, and keeps them for whoever serves it.
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use sheer_core::sniff::{ClientHello, Sniffed, sniff};
 use std::future::poll_fn;
 use std::io;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::h1::buffer;
 use crate::io::Io;
@@ -42,10 +43,105 @@ pub async fn detect(io: &mut Io, prefix: &mut BytesMut) -> io::Result<Option<Pro
     }
 }
 
+/// What a connection turned out to be whose bytes were carried from the start.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Its client speaks HTTP/1: the server has had a part of its first line at most.
+    Http1,
+    /// One of both sides speaks HTTP/2.
+    Http2,
+    /// Anything else, or its server has spoken.
+    Bytes {
+        /// How much of `prefix` the server has had.
+        passed: usize,
+        /// What the server has said.
+        said: Bytes,
+    },
+}
+
+/// Carries bytes for as long as they do not tell what they are, so that neither side waits for the other in vain. What
+/// completes a request line is kept back: who wants to send requests cannot have them carried as something else.
+///
+/// # Errors
+/// Either connection failed.
+pub async fn turn(near: &mut Io, prefix: &mut BytesMut, far: &mut Io) -> io::Result<Turn> {
+    let (mut passed, mut said) = (0, BytesMut::new());
+    loop {
+        match sniff(prefix) {
+            Sniffed::Http1 => return Ok(Turn::Http1),
+            Sniffed::Http2 => return Ok(Turn::Http2),
+            Sniffed::Tls(_) | Sniffed::Opaque => return Ok(Turn::Bytes { passed, said: Bytes::new() }),
+            Sniffed::Partial => {}
+        }
+        if passed < prefix.len() {
+            far.write_all(&prefix[passed..]).await?;
+            far.flush().await?;
+            passed = prefix.len();
+        }
+        // Both reads keep what they have read in their buffers, so the loser loses nothing.
+        tokio::select! {
+            biased;
+            read = poll_fn(|cx| buffer::poll_fill(near, prefix, buffer::SMALL, cx)) => if read? == 0 {
+                return Ok(Turn::Bytes { passed, said: Bytes::new() });
+            },
+            read = far.read_buf(&mut said) => return match read {
+                Ok(_) if is_http2_settings(&said) => Ok(Turn::Http2),
+                Ok(_) => Ok(Turn::Bytes { passed, said: said.freeze() }),
+                Err(error) => Err(error),
+            },
+        }
+    }
+}
+
+/// A SETTINGS frame of stream 0, which HTTP/2 servers send at once (RFC 9113, section 3.4).
+fn is_http2_settings(bytes: &[u8]) -> bool {
+    bytes.len() >= 9 && bytes[3] == 4 && bytes[4] & !1 == 0 && bytes[5..9] == [0; 4]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::{AsyncWriteExt, duplex};
+    use tokio::io::duplex;
+
+    #[test]
+    fn a_settings_frame_is_told_from_a_greeting() {
+        assert!(is_http2_settings(&[0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 100]));
+        assert!(!is_http2_settings(b"220 mail.example ESMTP\r\n"));
+        assert!(!is_http2_settings(&[0x4a, 0, 0, 0, 0x0a, 0x38, 0x2e, 0x30, 0x2e]));
+    }
+
+    /// What the server has had of the client's words when it is known what they are.
+    async fn turned(words: &[&[u8]], answer: &'static [u8]) -> (Turn, Vec<u8>) {
+        let (mut client, near) = duplex(1024);
+        let (far, mut server) = duplex(1024);
+        let (mut near, mut far, mut prefix) = (Io::from(near), Io::from(far), BytesMut::new());
+        let script = async {
+            for word in words {
+                client.write_all(word).await.unwrap();
+                tokio::task::yield_now().await;
+                tokio::task::yield_now().await;
+            }
+            server.write_all(answer).await.unwrap();
+        };
+        let (turn, ()) = tokio::join!(turn(&mut near, &mut prefix, &mut far), script);
+        drop(far);
+        let mut had = Vec::new();
+        server.read_to_end(&mut had).await.unwrap();
+        (turn.unwrap(), had)
+    }
+
+    #[tokio::test]
+    async fn nobody_gets_a_request_carried_as_bytes() {
+        assert_eq!(turned(&[b"GET / HT", b"TP/1.1\r\nHost: a\r\n"], b"").await, (Turn::Http1, b"GET / HT".to_vec()));
+        assert_eq!(turned(&[b"\r\n", b"GET / HTTP/1.1\r\n"], b"").await, (Turn::Http1, b"\r\n".to_vec()));
+        let settings = b"\0\0\0\x04\0\0\0\0\0";
+        assert_eq!(turned(&[], settings).await, (Turn::Http2, vec![]));
+        // A word without an end is carried, and answered.
+        let said = Bytes::from_static(b"world");
+        assert_eq!(turned(&[b"hello"], b"world").await, (Turn::Bytes { passed: 5, said }, b"hello".to_vec()));
+        let opaque = Turn::Bytes { passed: 2, said: Bytes::new() };
+        assert_eq!(turned(&[b"ab", b"\x00"], b"").await, (opaque, b"ab".to_vec()));
+    }
 
     async fn verdict(parts: &[&[u8]]) -> (Option<Protocol>, Vec<u8>) {
         let (mut client, server) = duplex(1024);

@@ -8,7 +8,7 @@
 
 use crate::body::{Request, Response};
 use crate::connection::{self, Answer, Caller, Spoken};
-use crate::detect::{self, Protocol as Detected};
+use crate::detect::{self, Protocol as Detected, Turn};
 use crate::drain::Phase;
 use crate::error::{Audience, RequestError};
 use crate::io::Io;
@@ -21,7 +21,7 @@ use crate::tcp;
 use crate::upstream::dial::Place;
 use crate::upstream::tls::{Accepted, Carried, TlsError};
 use crate::worker::Worker;
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use sheer_core::cause::Cause;
 use sheer_core::head::{Fields, Known, Version};
 use sheer_core::identity::SpiffeId;
@@ -183,7 +183,12 @@ async fn from_peer(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr) {
     match carried {
         Carried::Http1 => http(worker, io, BytesMut::new(), Spoken::Http1, session).await,
         Carried::Http2 => http(worker, io, BytesMut::new(), Spoken::Http2, session).await,
-        Carried::Tcp => bytes(&worker, io, Bytes::new(), &session).await,
+        // A peer says what it carries; that requests are none is not its to say.
+        Carried::Tcp => match spoken_at(&worker, port.unwrap_or_default()) {
+            plan::Protocol::Tcp | plan::Protocol::Tls => bytes(worker, io, BytesMut::new(), session, true).await,
+            plan::Protocol::Detect => bytes(worker, io, BytesMut::new(), session, false).await,
+            declared => from_client(worker, io, declared, session).await,
+        },
     }
 }
 
@@ -218,28 +223,38 @@ async fn from_outside(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr
     let is_watched = worker.proxy.plan.mode == Mode::Watch;
     let declared = if is_watched || is_declared(&worker, port) { Ok(port) } else { Err(Cause::PortNotDeclared) };
     let session = Session::new(&worker, caller, declared, dialled);
-    let mut io = Io::Plain(stream);
+    let declared = spoken_at(&worker, port);
+    from_client(worker, Io::Plain(stream), declared, session).await;
+}
+
+/// The declared protocol of a port.
+fn spoken_at(worker: &Worker, port: u16) -> plan::Protocol {
+    worker.proxy.plan.ports.iter().find(|it| it.port == port).map(|it| it.protocol).unwrap_or_default()
+}
+
+/// Serves a connection of which it is known what it should speak.
+async fn from_client(worker: Rc<Worker>, mut io: Io, declared: plan::Protocol, session: Session) {
     let mut prefix = BytesMut::new();
-    let protocol = worker.proxy.plan.ports.iter().find(|it| it.port == port).map(|it| it.protocol);
-    let detected = match protocol.unwrap_or_default() {
-        plan::Protocol::Http2 | plan::Protocol::Grpc => Some(Detected::Http2),
-        plan::Protocol::Tcp | plan::Protocol::Tls => Some(Detected::Opaque),
-        plan::Protocol::Http => match detect::detect(&mut io, &mut prefix).await {
-            Ok(Some(Detected::Http2)) => Some(Detected::Http2),
-            Ok(Some(_)) => Some(Detected::Http1),
-            Ok(None) | Err(_) => return,
+    let detected = match declared {
+        plan::Protocol::Http2 | plan::Protocol::Grpc => Detected::Http2,
+        plan::Protocol::Tcp | plan::Protocol::Tls => return bytes(worker, io, prefix, session, true).await,
+        plan::Protocol::Http => match timeout(HANDSHAKE_TIMEOUT, detect::detect(&mut io, &mut prefix)).await {
+            Ok(Ok(Some(Detected::Http2))) => Detected::Http2,
+            // Whatever else it is, the codec says what is wrong with it, or that it was too slow.
+            Ok(Ok(Some(_))) | Err(_) => Detected::Http1,
+            Ok(Ok(None) | Err(_)) => return,
         },
         plan::Protocol::Detect => match timeout(SILENCE, detect::detect(&mut io, &mut prefix)).await {
-            Ok(Ok(Some(detected))) => Some(detected),
+            Ok(Ok(Some(detected))) => detected,
             Ok(Ok(None) | Err(_)) => return,
-            // It waits for its server to speak, or is slow: either way its bytes are carried as they come.
-            Err(_) => None,
+            // It waits for its server to speak, or is slow.
+            Err(_) => return bytes(worker, io, prefix, session, false).await,
         },
     };
     match detected {
-        Some(Detected::Http1) => http(worker, io, prefix, Spoken::Http1, session).await,
-        Some(Detected::Http2) => http(worker, io, prefix, Spoken::Http2, session).await,
-        Some(Detected::Tls(_) | Detected::Opaque) | None => bytes(&worker, io, prefix.freeze(), &session).await,
+        Detected::Http1 => http(worker, io, prefix, Spoken::Http1, session).await,
+        Detected::Http2 => http(worker, io, prefix, Spoken::Http2, session).await,
+        Detected::Tls(_) | Detected::Opaque => bytes(worker, io, prefix, session, true).await,
     }
 }
 
@@ -362,22 +377,45 @@ fn identify(identity: Option<&str>, fields: &mut Fields) -> Result<(), RequestEr
     }
 }
 
-/// Carries one connection of bytes.
-async fn bytes(worker: &Worker, mut near: Io, read: Bytes, session: &Session) {
+/// Carries one connection of bytes. Where it is not settled that they are no requests, those that turn out to be are
+/// served as such: nobody gets identity fields past the mesh by being slow, or by calling HTTP something else.
+async fn bytes(worker: Rc<Worker>, mut near: Io, mut read: BytesMut, session: Session, settled: bool) {
     let line = worker
         .line(|| Line { destination: worker.source.to_string(), ..Line::of_connection("inbound", &session.source) });
     let mut record = ConnectionRecord::begin(session.edges.tcp.clone(), line);
-    match connect(worker, session).await {
-        Ok(mut far) => {
-            record.connected();
-            // A reset of either side is the end that the other side has been given as well.
-            let _ = tcp::relay((&mut near, read), (&mut far, Bytes::new()), &record.counts).await;
-        }
+    let mut far = match connect(&worker, &session).await {
+        Ok(far) => far,
         Err(cause) => {
             record.failed(cause);
-            tcp::reset(&near);
+            return tcp::reset(&near);
+        }
+    };
+    let mut said = Bytes::new();
+    if !settled {
+        let spoken = match detect::turn(&mut near, &mut read, &mut far).await {
+            Ok(Turn::Bytes { passed, said: first }) => {
+                read.advance(passed);
+                record.counts.sent.set(passed as u64);
+                said = first;
+                None
+            }
+            Ok(Turn::Http1) => Some(Spoken::Http1),
+            Ok(Turn::Http2) => Some(Spoken::Http2),
+            Err(_) => {
+                tcp::reset(&far);
+                return tcp::reset(&near);
+            }
+        };
+        if let Some(spoken) = spoken {
+            record.forget();
+            tcp::reset(&far);
+            drop(far);
+            return http(worker, near, read, spoken, session).await;
         }
     }
+    record.connected();
+    // A reset of either side is the end that the other side has been given as well.
+    let _ = tcp::relay((&mut near, read.freeze()), (&mut far, said), &record.counts).await;
 }
 
 async fn connect(worker: &Worker, session: &Session) -> Result<Io, Cause> {

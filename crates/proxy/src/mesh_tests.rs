@@ -396,6 +396,83 @@ async fn plaintext_to_a_strict_workload_is_refused_with_a_reason() {
     LocalSet::new().run_until(test).await;
 }
 
+/// Requests that spare no means to look like something else, and what the application was told about their sender.
+async fn told_of(mut stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin, parts: &[&str]) -> String {
+    for part in parts {
+        stream.write_all(part.as_bytes()).await.unwrap();
+        stream.flush().await.unwrap();
+        // Longer than a client is waited for before its server is asked: its pause is what is tested.
+        tokio::time::sleep(Duration::from_millis(80)).await;
+    }
+    let rest = "X-Forwarded-Client-Cert: URI=spiffe://me\r\nConnection: close\r\n\r\n";
+    stream.write_all(rest.as_bytes()).await.unwrap();
+    stream.flush().await.unwrap();
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[tokio::test]
+async fn nobody_gets_an_identity_past_the_mesh_by_being_slow() {
+    let test = async {
+        let port = application("hello").await;
+        let ca = Authority::new("mesh.internal");
+        let web = beside(&ca, "web", &[port], Mode::Permissive);
+        let published = web.door(Traffic::Published(port)).await;
+        let slow: [&[&str]; 3] = [
+            &["GET /", " HTTP/1.1\r\nHost: web\r\n"],
+            &["", "", "GET / HTTP/1.1\r\nHost: web\r\n"],
+            &["\r\n", "GET / HTTP/1.1\r\nHost: web\r\n"],
+        ];
+        for parts in slow {
+            let answer = told_of(TcpStream::connect(published).await.unwrap(), parts).await;
+            assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("hello\n"), "{parts:?}: {answer}");
+        }
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn a_peer_does_not_choose_another_identity_by_calling_its_requests_bytes() {
+    let test = async {
+        let port = application("hello").await;
+        let ca = Authority::new("mesh.internal");
+        let web = beside(&ca, "web", &[port], Mode::Strict);
+        let inbound = web.door(Traffic::Inbound).await;
+        let name = ServiceName::parse("web").unwrap().server_name(port, "mesh.internal");
+        let stream = TcpStream::connect(inbound).await.unwrap();
+        let dialer = ca.credentials("default", "api").dialer();
+        let (io, _) = dialer.connect(stream, &name, crate::upstream::tls::Carried::Tcp).await.unwrap();
+        let answer = told_of(io, &["GET / HTTP/1.1\r\nHost: web\r\n"]).await;
+        let caller = "hello\nx-forwarded-client-cert: uri=spiffe://mesh.internal/ns/default/sa/api";
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with(caller), "{answer}");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn a_word_without_an_end_is_carried_and_answered() {
+    let test = async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        spawn_local(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut word = [0; 4];
+                stream.read_exact(&mut word).await.unwrap();
+                stream.write_all(&word).await.unwrap();
+            }
+        });
+        let (_api, _web, door) = two(Protocol::Detect, port).await;
+        let mut stream = TcpStream::connect(door).await.unwrap();
+        stream.write_all(b"ping").await.unwrap();
+        let mut word = [0; 4];
+        let read = tokio::time::timeout(Duration::from_secs(10), stream.read_exact(&mut word)).await;
+        read.expect("nobody waits in vain").unwrap();
+        assert_eq!(&word, b"ping");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
 #[tokio::test]
 async fn a_permissive_workload_admits_plaintext_as_nobody_and_peers_as_themselves() {
     let test = async {

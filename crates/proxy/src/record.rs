@@ -264,6 +264,8 @@ pub struct ConnectionRecord {
     pub counts: tcp::Counts,
     cause: Option<Cause>,
     line: Option<Box<(Log, Line)>>,
+    /// It turned out to carry requests, which have records of their own.
+    forgotten: bool,
 }
 
 impl ConnectionRecord {
@@ -278,7 +280,13 @@ impl ConnectionRecord {
             counts: tcp::Counts::default(),
             cause: None,
             line,
+            forgotten: false,
         }
+    }
+
+    /// Ends without an account: what it carries are requests.
+    pub fn forget(mut self) {
+        self.forgotten = true;
     }
 
     /// Why it failed.
@@ -297,6 +305,9 @@ impl Drop for ConnectionRecord {
         let total = self.started.elapsed();
         let mesh = if self.waited.is_zero() { total } else { self.waited };
         self.edge.closed();
+        if self.forgotten {
+            return;
+        }
         self.edge.count(0, -1, self.cause);
         self.edge.latency(total, mesh);
         self.edge.bytes(self.counts.sent.get(), self.counts.received.get());

@@ -1,18 +1,18 @@
 //! What is spoken on a connection of the workload. Never stalls a protocol in which the server speaks first.
 //!
 //! The declared protocol wins; then a list of ports whose servers speak first; else the client's first bytes. A client
-//! that says nothing for 50 ms is taken to wait for its server: the server is dialled, and whoever speaks first decides.
+//! that says nothing for 50 ms is taken to wait for its server: the server is dialled, and whoever speaks first decides; words that do not tell what they are reach it meanwhile.
 
 use super::{Destination, connect};
 use crate::connection::Spoken;
-use crate::detect::{self, Protocol};
+use crate::detect::{self, Protocol, Turn};
 use crate::io::Io;
 use crate::send::Opened;
+use crate::tcp;
 use crate::worker::Worker;
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, BytesMut};
 use sheer_core::snapshot;
 use std::time::Duration;
-use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
 /// How long a client may be silent before its server is asked.
@@ -72,29 +72,21 @@ async fn whoever_speaks_first(worker: &Worker, to: &Destination, io: &mut Io, pr
         // Why it leads nowhere is told in the client's own protocol, once it has spoken.
         return of_client(detect::detect(io, prefix).await);
     };
-    let mut said = BytesMut::new();
-    // Both reads keep what they have read in their buffers, so the loser loses nothing.
-    tokio::select! {
-        biased;
-        spoken = detect::detect(io, prefix) => match of_client(spoken) {
-            Verdict::Bytes(_) => Verdict::Bytes(Some((far, Bytes::new(), in_flight))),
-            other => other,
-        },
-        read = far.read_buf(&mut said) => {
-            if read.is_ok() && is_http2_settings(&said) {
-                return Verdict::Http(Spoken::Http2);
-            }
-            if read.is_ok_and(|count| count > 0) {
+    match detect::turn(io, prefix, &mut far).await {
+        Ok(Turn::Http1) => Verdict::Http(Spoken::Http1),
+        Ok(Turn::Http2) => Verdict::Http(Spoken::Http2),
+        Ok(Turn::Bytes { passed, said }) => {
+            prefix.advance(passed);
+            if prefix.is_empty() && passed == 0 && !said.is_empty() {
                 learn(worker, to);
             }
-            Verdict::Bytes(Some((far, said.freeze(), in_flight)))
+            Verdict::Bytes(Some((far, said, in_flight)))
+        }
+        Err(_) => {
+            tcp::reset(io);
+            Verdict::Gone
         }
     }
-}
-
-/// A SETTINGS frame of stream 0, which HTTP/2 servers send at once (RFC 9113, section 3.4).
-fn is_http2_settings(bytes: &[u8]) -> bool {
-    bytes.len() >= 9 && bytes[3] == 4 && bytes[4] & !1 == 0 && bytes[5..9] == [0; 4]
 }
 
 fn is_learned(worker: &Worker, to: &Destination) -> bool {
@@ -107,17 +99,5 @@ fn is_learned(worker: &Worker, to: &Destination) -> bool {
 fn learn(worker: &Worker, to: &Destination) {
     if let Destination::Service(service, port) = to {
         worker.learn_server_first(&service.name, port.port);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_settings_frame_is_told_from_a_greeting() {
-        assert!(is_http2_settings(&[0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 100]));
-        assert!(!is_http2_settings(b"220 mail.example ESMTP\r\n"));
-        assert!(!is_http2_settings(&[0x4a, 0, 0, 0, 0x0a, 0x38, 0x2e, 0x30, 0x2e]));
     }
 }
