@@ -42,6 +42,36 @@ pub fn adopt(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
+/// Lets go of the program's code as far as it has been used. It is the file's: what is used again comes back from the
+/// page cache, and what only the start needed stays away.
+///
+/// # Errors
+/// When /proc is not there, or as of madvise(2).
+pub fn forget_code() -> io::Result<()> {
+    for line in std::fs::read_to_string("/proc/self/maps")?.lines() {
+        let Some((start, end)) = code_range(line) else { continue };
+        // SAFETY: The range is a private mapping of a file that this process cannot write to and that holds code alone,
+        // without relocations. A page of it that is dropped comes from the same file again when it is next used. Nobody
+        // can write to a running program; who writes into a library in place breaks its users with or without this.
+        let done = unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
+        if done < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// The addresses in a line of /proc/self/maps, when they are a file's code.
+fn code_range(line: &str) -> Option<(usize, usize)> {
+    let mut fields = line.split_ascii_whitespace();
+    let (range, mode, path) = (fields.next()?, fields.next()?, fields.nth(3)?);
+    if mode != "r-xp" || !path.starts_with('/') {
+        return None;
+    }
+    let (start, end) = range.split_once('-')?;
+    Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
+}
+
 /// Sends one message and copies of descriptors over a unix socket; retries when interrupted.
 ///
 /// # Errors
@@ -225,6 +255,20 @@ mod tests {
     use super::*;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use std::os::fd::IntoRawFd;
+
+    #[test]
+    fn code_that_is_forgotten_comes_back() {
+        let code = "55d0c0a00000-55d0c1980000 r-xp 00691000 fe:00 9977985                    /usr/bin/sheer";
+        assert_eq!(code_range(code), Some((0x55d0_c0a0_0000, 0x55d0_c198_0000)));
+        for other in [
+            "55d0c1980000-55d0c1a49000 r--p 01610000 fe:00 9977985                    /usr/bin/sheer",
+            "7ffc5c4f1000-7ffc5c4f3000 r-xp 00000000 00:00 0                          [vdso]",
+            "7f1dc5cc1000-7f1dc5ec1000 rw-p 00000000 00:00 0 ",
+        ] {
+            assert_eq!(code_range(other), None, "{other}");
+        }
+        forget_code().unwrap();
+    }
 
     fn pair() -> (OwnedFd, OwnedFd) {
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()

@@ -133,6 +133,8 @@ async fn live(plan: Plan, link: &mut Link) -> Result<(), Error> {
         workers = Some(worker::start(&proxy, &doors, number).map_err(system("start the workers"))?);
         serving.send_replace(true);
         orders.link.tell(&ToSupervisor::Ready).await;
+        // What only the start needed; with it a proxy works as well, and is larger.
+        let _ = platform::forget_code();
         tracing::info!(workers = number, "ready");
         order = Some(tokio::select! {
             order = orders.next() => order,

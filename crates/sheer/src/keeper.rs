@@ -177,6 +177,8 @@ impl Keeper {
 
     /// Serves until the supervisor closes the link.
     fn serve(&mut self) -> Result<()> {
+        // From now on it mostly waits; with the code of its start it is only larger.
+        let _ = sheer_proxy::platform::forget_code();
         loop {
             let mut waits = vec![
                 PollFd::new(self.link.as_fd(), PollFlags::POLLIN),

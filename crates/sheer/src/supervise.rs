@@ -265,6 +265,8 @@ impl Supervisor {
                         notify.tell("READY=1");
                     }
                     self.phase = Phase::Running;
+                    // From now on it mostly waits; with the code of its start it is only larger.
+                    let _ = sheer_proxy::platform::forget_code();
                 }
                 ToSupervisor::Ready => {}
                 ToSupervisor::Failed { message } if self.phase == Phase::Starting => bail!(message),
