@@ -82,12 +82,15 @@ end-to-end: ## The demonstration, started and judged from outside (as root, and 
 	$(CARGO) build --locked -p sheer
 	@scripts/end-to-end $(TARGET)/debug/sheer
 
+# Results are the release build's; PROFILE=quick for a working tree.
+PROFILE ?= release
+
 .PHONY: bench
 bench: ## Measure Sheer beside Envoy, HAProxy and nginx (see bench/README.md)
 	@scripts/packages bench
-	$(CARGO) build --locked --profile quick -p sheer
+	$(CARGO) build --locked --profile $(PROFILE) -p sheer
 	$(CARGO) build --locked --release --manifest-path bench/tools/Cargo.toml --target-dir bench/tools/target
-	@SHEER=$(TARGET)/quick/sheer python3 bench/run.py $(ARGS)
+	@ENVOY=$$(scripts/envoy $(TARGET)) SHEER=$(TARGET)/$(PROFILE)/sheer python3 bench/run.py $(ARGS)
 
 .PHONY: clean
 clean: ## Remove everything that was built

@@ -33,6 +33,9 @@ CASES = {"h1": Case("h1", False), "h1-mesh": Case("h1", True), "h2": Case("h2", 
 CONTENDERS = {"sheer": sheer.contender, "envoy": contenders.envoy, "haproxy": contenders.haproxy,
               "nginx": contenders.nginx, "forwarder": contenders.forwarder, "direct": contenders.direct}
 PROXY_CORE, LOAD_CORE = "0", "1"
+# What Sheer's CPU per request may be, in the other's.
+GOALS = {"h1-mesh": {"haproxy": 1.2, "envoy": 0.35}, "h2-mesh": {"haproxy": 1.4, "envoy": 0.25}}
+IDLE = 2  # seconds that a contender is left alone before its memory is read
 HEADERS = ["User-Agent: bench/1.0", "Accept: application/json", "Accept-Encoding: gzip",
            "X-Request-Id: 5b8a3c1e-9d7f-4e6a-8b2c-0f1e2d3c4b5a",
            "Authorization: Bearer abcdefghijklmnopqrstuvwxyz0123456789"]
@@ -82,9 +85,9 @@ def cpu_seconds(pid):
 
 
 def resident_mb(pid):
-    """Resident memory of all its processes."""
+    """Resident memory of each of its processes, the started one first."""
     sizes = (Path(f"/proc/{member}/status").read_text() for member in family(pid))
-    return sum(int(re.search(r"VmRSS:\s+(\d+)", size).group(1)) for size in sizes) / 1024
+    return [round(int(re.search(r"VmRSS:\s+(\d+)", size).group(1)) / 1024, 1) for size in sizes]
 
 
 def micros(text):
@@ -137,6 +140,8 @@ def measure(case, contender, seconds, work):
             if process.measured:
                 measured.append(running[-1].pid)
             wait_for(process.port)
+        time.sleep(IDLE if measured else 0)
+        idle = [resident_mb(pid) for pid in measured]
         if contender == "sheer":
             sheer.ready(case, work)
         port = FRONT if plan else case.backend
@@ -146,15 +151,20 @@ def measure(case, contender, seconds, work):
         result = load(port, seconds, work)
         spent = sum(cpu_seconds(pid) - start for pid, start in zip(measured, before))
         result["cpu_us"] = spent * 1e6 / result["requests"] if measured else None
-        result["resident_mb"] = [round(resident_mb(pid), 1) for pid in measured]
+        result["idle_mb"], result["loaded_mb"] = idle, [resident_mb(pid) for pid in measured]
         return result
     finally:
         stop(running)
 
 
+def processes(sizes):
+    """The processes of each hop: `a + b + c; a + b + c`."""
+    return "; ".join(" + ".join(map(str, hop)) for hop in sizes) or "-"
+
+
 def table(case, results):
-    rows = [f"### {case}", "", "| contender | CPU us/request | range | requests/s | latency us | resident MB each |",
-            "|---|---|---|---|---|---|"]
+    rows = [f"### {case}", "", "| contender | CPU us/request | range | requests/s | latency us | MB resident idle | MB after load |",
+            "|---|---|---|---|---|---|---|"]
     for contender, rounds in results.items():
         costs = [it["cpu_us"] for it in rounds if it["cpu_us"]]
         cost = f"{statistics.median(costs):.1f}" if costs else "-"
@@ -164,11 +174,17 @@ def table(case, results):
         latency = f"{name} {statistics.median(it[key] for it in rounds):.0f}"
         if "p99_us" in rounds[0]:
             latency += f", p99 {statistics.median(it['p99_us'] for it in rounds):.0f}"
-        rows.append(f"| {contender} | {cost} | {spread} | {rps} | {latency} | {rounds[-1]['resident_mb'] or '-'} |")
+        rows.append(f"| {contender} | {cost} | {spread} | {rps} | {latency} | "
+                    f"{processes(rounds[-1]['idle_mb'])} | {processes(rounds[-1]['loaded_mb'])} |")
     if results.get("sheer"):
         own = statistics.median(it["cpu_us"] for it in results["sheer"])
-        ratios = [f"{own / statistics.median(it['cpu_us'] for it in rounds):.2f}x {contender}"
-                  for contender, rounds in results.items() if contender != "sheer" and rounds[0]["cpu_us"]]
+        ratios = []
+        for contender, rounds in results.items():
+            if contender == "sheer" or not rounds[0]["cpu_us"]:
+                continue
+            goal = GOALS.get(case, {}).get(contender)
+            ratio = own / statistics.median(it["cpu_us"] for it in rounds)
+            ratios.append(f"{ratio:.2f}x {contender}" + (f" (goal: at most {goal:.2f}x)" if goal else ""))
         rows += ["", "Sheer's CPU per request: " + ", ".join(ratios) + "."]
     return "\n".join(rows) + "\n"
 
