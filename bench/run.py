@@ -193,7 +193,7 @@ def versions():
     def first(argv):
         try:
             done = subprocess.run(argv, capture_output=True, text=True)
-            return (done.stdout + done.stderr).strip().splitlines()[0]
+            return (done.stdout + done.stderr).strip().splitlines()[0].split("version: ")[-1]
         except (OSError, IndexError):
             return "not installed"
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
