@@ -153,6 +153,8 @@ impl Identity {
             tracing::warn!(%uid, ended = certificate.not_after, "an ended certificate is renewed within its grace");
             return Ok(Grant::Renewal(record));
         }
+        // A new name carries the limits under which its identity joined; none are on record after a restored backup.
+        let record = record.or_else(|| self.control.fleet.attested_as(&certificate.id, &certificate.key_sha256));
         Ok(Grant::Renewal(record.unwrap_or_else(|| Attested {
             identity: id.to_string(),
             key_sha256: certificate.key_sha256.clone(),

@@ -154,6 +154,17 @@ impl Fleet {
         self.certificates.lock().get(uid).cloned()
     }
 
+    /// What was attested of an identity under any name: with this key where it is on record, otherwise where an
+    /// Enrollment limits it.
+    pub fn attested_as(&self, identity: &SpiffeId, key_sha256: &str) -> Option<Attested> {
+        let identity = identity.to_string();
+        let certificates = self.certificates.lock();
+        let of_identity = certificates.values().filter(|it| it.identity == identity);
+        let found = of_identity.max_by_key(|it| (it.key_sha256 == key_sha256, it.enrollment.is_some()))?;
+        // The user of the other name's proxy does not speak for this one.
+        Some(Attested { uid: None, ..found.clone() })
+    }
+
     /// Notes an issued certificate.
     pub fn note_certificate(&self, uid: &str, attested: Attested) {
         self.certificates.lock().insert(uid.to_owned(), attested);

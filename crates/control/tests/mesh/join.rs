@@ -154,6 +154,37 @@ async fn a_certificate_renews_itself_also_when_it_ended_a_while_ago() {
     assert!(channel.is_err() || renewed.is_some());
 }
 
+#[tokio::test]
+async fn a_new_name_does_not_shake_off_the_limits_of_its_enrollment() {
+    let enrollment = "apiVersion: sheer.dev/v1alpha1\nkind: Enrollment\nmetadata: {name: fleet}\nspec:\n  methods: \
+                      [{token: {ttl: 1h, uses: 2}}]\n  serviceAccounts: [web]\n  ports: [\"*\"]\n";
+    let mesh = Fixture::with_config(&[("fleet.yaml", enrollment)]).await;
+    let request = TokenRequest {
+        namespace: "default".into(),
+        service_account: "web".into(),
+        ttl_s: 3600,
+        uses: 2,
+        from: vec![],
+        control: vec![],
+    };
+    let token = mesh.plane.control().create_token(&request).await.unwrap().token;
+    let (address, root) = parsed(&token);
+    let (channel, mut credentials) = join(&token, &Name::new("web", "web-1")).await.unwrap();
+    let old = connect_tls(address, root, Some(&credentials)).await.unwrap();
+    certify(&channel, &mut credentials, &Name::new("web", "web-1"), "").await.unwrap();
+    // Also with a certificate that a renewal has replaced.
+    for (channel, name) in [(channel, "web-2"), (old, "web-3")] {
+        let name = Name::new("web", name);
+        certify(&channel, &mut Credentials::new(), &name, "").await.unwrap();
+        let registration = client::registration(&name, "default/ledger");
+        let mut attached = client::attach(&channel, registration).await.unwrap();
+        match attached.notice().await {
+            v1::control_notice::Body::Refused(refused) => assert!(refused.reason.contains("fleet"), "{refused:?}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 /// Asks over the unix socket for an identity in namespace `other`.
 async fn certify_elsewhere(mesh: &Fixture) -> Result<v1::CertifyResponse, tonic::Status> {
     let csr = rcgen::CertificateParams::default().serialize_request(&rcgen::KeyPair::generate().unwrap()).unwrap();
