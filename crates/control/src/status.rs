@@ -4,7 +4,8 @@ use crate::Control;
 use crate::attest::for_people;
 use crate::documents;
 use sheer_core::api::{
-    Check, Finding, Level, MeshView, PortView, ServiceView, Stat, StatRow, WorkloadState, WorkloadView,
+    Check, EdgeRow, Finding, Level, MeshView, Outcome, PortView, ServiceView, Stat, StatRow, WorkloadState,
+    WorkloadView,
 };
 use sheer_core::compile::{allowed_accounts, endpoints_of, service_names, service_of};
 use sheer_core::name::ServiceName;
@@ -124,7 +125,8 @@ pub fn check(control: &Control) -> Check {
     findings.extend(authority(control));
     findings.extend(certificates(control, &workloads));
     findings.extend(proxies(&workloads));
-    findings.extend(service_findings(control));
+    findings.extend(service_findings(control, &workloads));
+    findings.extend(calls(control));
     findings.extend(tokens(control));
     findings.sort_by(|a, b| b.level.cmp(&a.level).then_with(|| (&a.topic, &a.subject).cmp(&(&b.topic, &b.subject))));
     let level = findings.first().map_or(Level::Ok, |worst| worst.level);
@@ -241,7 +243,10 @@ fn certificates(control: &Control, workloads: &[WorkloadView]) -> Vec<Finding> {
         }
     }
     if findings.is_empty() && !workloads.is_empty() {
-        let what = format!("{} workloads hold certificates that are renewed in time", workloads.len());
+        let what = match workloads.len() {
+            1 => "the one workload holds a certificate that is renewed in time".to_owned(),
+            many => format!("{many} workloads hold certificates that are renewed in time"),
+        };
         findings.push(finding(Level::Ok, "certificate", "workloads", what));
     }
     findings
@@ -263,6 +268,17 @@ fn proxies(workloads: &[WorkloadView]) -> Vec<Finding> {
                 ..finding(Level::Warn, "silent", uid, "its proxy has not come back yet")
             }),
             WorkloadState::Connected | WorkloadState::Draining | WorkloadState::Leaving | WorkloadState::Certified => {}
+        }
+        if is_deaf(workload) {
+            let ports: Vec<_> = workload.ports.iter().map(|port| port.port.to_string()).collect();
+            findings.push(Finding {
+                why:
+                    "its application accepts on none of its declared ports, or its --health path does not answer 2xx; \
+                      it gets no calls"
+                        .to_owned(),
+                mend: "look at the application's log, and whether --port names the port that it listens on".to_owned(),
+                ..finding(Level::Warn, "ready", uid, format!("it is not ready at port {}", ports.join(", ")))
+            });
         }
         for refused in &workload.refused {
             findings.push(Finding {
@@ -289,12 +305,22 @@ fn proxies(workloads: &[WorkloadView]) -> Vec<Finding> {
         }
     }
     if !workloads.is_empty() && !findings.iter().any(|it| it.topic == "silent") {
-        findings.push(finding(Level::Ok, "silent", "proxies", format!("{} proxies are connected", workloads.len())));
+        let what = match workloads.len() {
+            1 => "the one proxy is connected".to_owned(),
+            many => format!("{many} proxies are connected"),
+        };
+        findings.push(finding(Level::Ok, "silent", "proxies", what));
     }
     findings
 }
 
-fn service_findings(control: &Control) -> Vec<Finding> {
+/// Whether a workload runs and none of its ports takes calls.
+fn is_deaf(workload: &WorkloadView) -> bool {
+    let runs = matches!(workload.state, WorkloadState::Connected);
+    runs && !workload.ports.is_empty() && workload.ports.iter().all(|port| !port.ready)
+}
+
+fn service_findings(control: &Control, workloads: &[WorkloadView]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for service in services(control) {
         let name = format!("{}/{}", service.namespace, service.name);
@@ -310,15 +336,84 @@ fn service_findings(control: &Control) -> Vec<Finding> {
                 ..finding(Level::Warn, "pin", &name, format!("service account {claimed} claims it"))
             });
         }
-        if !service.implied && service.healthy == 0 {
+        // A deaf workload is told of by itself, and says more.
+        let deaf = workloads.iter().any(|workload| is_deaf(workload) && workload.services.contains(&name));
+        // One that is implied and has no port calls others and is not called.
+        if service.healthy == 0 && !deaf && !(service.implied && service.ports.is_empty()) {
             findings.push(Finding {
                 why: "no workload that may answer for it has a port that accepts".to_owned(),
-                mend: format!("start one, for example `sheer run {name} --port PORT -- COMMAND`"),
+                mend: format!(
+                    "start one, for example `sheer run {name} --port PORT -- COMMAND`; \
+                     with --label where its selector asks for more than the service"
+                ),
                 ..finding(Level::Warn, "endpoints", &name, "it has no healthy endpoint")
             });
         }
     }
     findings
+}
+
+/// How far back calls that fail are looked for.
+const CALLS_WINDOW_S: u64 = 60;
+
+/// A share of calls below which failures are left to `sheer stat`: one in so many.
+const CALLS_SHARE: u64 = 20;
+
+/// Callers of whose calls many failed during the last minute.
+fn calls(control: &Control) -> Vec<Finding> {
+    let edges = control.telemetry.edges(None, CALLS_WINDOW_S, crate::telemetry::View::Best, &control.clock);
+    calls_that_fail(&edges.rows)
+}
+
+fn is_failure(outcome: &Outcome) -> bool {
+    crate::telemetry::is_failure(outcome.status, outcome.grpc_status, &outcome.reason)
+}
+
+fn calls_that_fail(rows: &[EdgeRow]) -> Vec<Finding> {
+    #[derive(Default)]
+    struct Pair {
+        requests: u64,
+        failures: u64,
+        outcomes: BTreeMap<String, u64>,
+    }
+    let mut pairs: BTreeMap<(&str, &str), Pair> = BTreeMap::new();
+    for row in rows {
+        let pair = pairs.entry((&row.source, &row.destination)).or_default();
+        pair.requests += row.window.requests;
+        pair.failures += row.window.failures;
+        for outcome in row.window.responses.iter().filter(|it| is_failure(it)) {
+            let name = match outcome {
+                Outcome { reason, .. } if !reason.is_empty() => reason.clone(),
+                Outcome { grpc_status: 1.., .. } => format!("grpc-{}", outcome.grpc_status),
+                _ => outcome.status.to_string(),
+            };
+            *pair.outcomes.entry(name).or_default() += outcome.count;
+        }
+    }
+    let failing = pairs.into_iter().filter(|(_, it)| it.failures > 0 && it.failures * CALLS_SHARE >= it.requests);
+    let findings = failing.map(|((source, destination), Pair { requests, failures, outcomes })| {
+        let counts: Vec<_> = outcomes.iter().map(|(name, count)| format!("{name}={count}")).collect();
+        let most = outcomes.iter().max_by_key(|(_, count)| **count).map_or("", |(name, _)| name);
+        let mend = match most {
+            "no-endpoint" => format!("start a workload of {destination}, or mend the one that is not ready"),
+            "unknown-port" | "unknown-destination" => "'sheer get services' lists services and ports".to_owned(),
+            own if own.starts_with(|it: char| it.is_ascii_digit()) || own.starts_with("grpc-") => {
+                format!("{destination} itself answered so: look at its log")
+            }
+            _ => format!("x-sheer-reason in the answers, and --access-log of {source}, say at which hop"),
+        };
+        Finding {
+            why: counts.join(" "),
+            mend,
+            ..finding(
+                Level::Warn,
+                "calls",
+                format!("{source} > {destination}"),
+                format!("{failures} of {requests} calls failed in the last minute"),
+            )
+        }
+    });
+    findings.collect()
 }
 
 fn tokens(control: &Control) -> Vec<Finding> {
@@ -345,5 +440,44 @@ impl Control {
         self.store.write(move |transaction| transaction.put(crate::store::Table::Pins, &key, &stored)).await?;
         self.state.pin(service, accounts);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sheer_core::api::Figures;
+
+    fn edge(destination: &str, requests: u64, outcome: Outcome) -> EdgeRow {
+        let failures = if is_failure(&outcome) { outcome.count } else { 0 };
+        let window = Figures { requests, failures, responses: vec![outcome], ..Figures::default() };
+        let (source, destination) = ("default/web".to_owned(), destination.to_owned());
+        EdgeRow { source, destination, window, ..EdgeRow::default() }
+    }
+
+    fn outcome(status: u32, reason: &str, count: u64) -> Outcome {
+        Outcome { status, grpc_status: -1, reason: reason.to_owned(), count }
+    }
+
+    #[test]
+    fn calls_that_fail_are_told_with_their_reason_and_a_remedy() {
+        let rows = [
+            edge("default/cart", 10, outcome(200, "", 10)),
+            edge("default/cart", 4, outcome(503, "no-endpoint", 4)),
+            edge("default/api", 3, outcome(500, "", 3)),
+            edge("default/fine", 100, outcome(500, "", 1)),
+        ];
+        let findings = calls_that_fail(&rows);
+        let shown: Vec<_> =
+            findings.iter().map(|it| (it.subject.as_str(), it.what.as_str(), it.why.as_str())).collect();
+        assert_eq!(
+            shown,
+            [
+                ("default/web > default/api", "3 of 3 calls failed in the last minute", "500=3"),
+                ("default/web > default/cart", "4 of 14 calls failed in the last minute", "no-endpoint=4"),
+            ]
+        );
+        assert!(findings[0].mend.contains("look at its log"));
+        assert!(findings[1].mend.contains("start a workload of default/cart"));
     }
 }

@@ -117,7 +117,12 @@ impl Sums {
 
     fn figures(&self, seconds: u64, open: i64) -> Figures {
         let requests = self.requests();
-        let failures = self.responses.iter().filter(|(key, _)| is_failure(key)).map(|(_, count)| count).sum();
+        let failures = self
+            .responses
+            .iter()
+            .filter(|((status, grpc, reason), _)| is_failure(*status, *grpc, reason))
+            .map(|(_, count)| count)
+            .sum();
         let counts: Vec<(usize, u64)> = self.latency.iter().map(|(index, count)| (*index as usize, *count)).collect();
         let timed: u64 = self.latency.values().sum();
         let mut responses: Vec<Outcome> = self
@@ -151,11 +156,11 @@ impl Sums {
 
 /// A failure of the mesh or of the server. gRPC codes that blame the server: UNKNOWN, DEADLINE_EXCEEDED, UNIMPLEMENTED,
 /// INTERNAL, UNAVAILABLE, DATA_LOSS. A client that hangs up is no failure of either.
-fn is_failure((status, grpc, reason): &(u32, i32, String)) -> bool {
+pub(crate) fn is_failure(status: u32, grpc: i32, reason: &str) -> bool {
     if !reason.is_empty() {
         return reason != "client-gone";
     }
-    *status >= 500 || matches!(grpc, 2 | 4 | 12 | 13 | 14 | 15)
+    status >= 500 || matches!(grpc, 2 | 4 | 12 | 13 | 14 | 15)
 }
 
 #[derive(Default)]

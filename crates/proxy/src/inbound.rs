@@ -220,9 +220,7 @@ fn is_declared(worker: &Worker, port: u16) -> bool {
 /// Serves a connection in plaintext.
 async fn from_outside(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr, caller: Who) {
     let port = dialled.port();
-    // Who watches sees all that was redirected; what was sent to the door itself would come back to it for ever.
-    let is_redirected = stream.local_addr().is_ok_and(|local| local.port() != port);
-    let is_watched = worker.proxy.plan.mode == Mode::Watch && is_redirected;
+    let is_watched = worker.proxy.plan.mode == Mode::Watch;
     let declared = if is_watched || is_declared(&worker, port) { Ok(port) } else { Err(Cause::PortNotDeclared) };
     let session = Session::new(&worker, caller, declared, dialled);
     let declared = spoken_at(&worker, port);

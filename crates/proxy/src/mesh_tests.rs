@@ -494,17 +494,6 @@ async fn a_permissive_workload_admits_plaintext_as_nobody_and_peers_as_themselve
 }
 
 #[tokio::test]
-async fn a_watching_door_does_not_call_itself() {
-    let test = async {
-        let watch = beside(&Authority::new("mesh.internal"), "web", &[], Mode::Watch);
-        let answer = tokio::time::timeout(Duration::from_secs(10), get(watch.door(Traffic::Inbound).await, "/")).await;
-        let answer = answer.expect("an answer, not a circle");
-        assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("port-not-declared"), "{answer}");
-    };
-    LocalSet::new().run_until(test).await;
-}
-
-#[tokio::test]
 async fn a_port_that_is_not_declared_is_not_served() {
     let test = async {
         let (port, hidden) = (application("hello").await, application("hidden").await);

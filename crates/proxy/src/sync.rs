@@ -101,8 +101,13 @@ enum Lost {
     #[error("the control plane closed the stream")]
     Ended,
     /// It failed.
-    #[error("{}: {}", .0.code(), .0.message())]
+    #[error("{}", of_status(.0))]
     Failed(#[source] Box<tonic::Status>),
+}
+
+/// What the control plane said; the code's own description only where it said nothing.
+fn of_status(status: &tonic::Status) -> String {
+    if status.message().is_empty() { status.code().to_string() } else { status.message().to_owned() }
 }
 
 impl From<tonic::Status> for Lost {
@@ -192,7 +197,8 @@ impl Sync {
             failures = if was_established { 0 } else { failures + 1 };
             established |= was_established;
             let pause = pause(failures, established);
-            if failures <= 1 || failures.is_multiple_of(10) {
+            // An established one that ends is told once; that nobody answers then is told when it lasts.
+            if failures == u32::from(!established) || (failures > 0 && failures.is_multiple_of(10)) {
                 tracing::warn!(pause_ms = pause.as_millis(), "no control plane: {reason}; serving with what is held");
             }
             if !self.rest(pause, &mut leaving).await {

@@ -42,7 +42,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// What a workload's own name is made of: its service, and the host where its control plane is on another one, so that
 /// hosts that know nothing of each other choose different names.
 fn stem(service: &str, workload: &Workload) -> String {
-    if workload.control.iter().all(|address| address.to_string().starts_with("unix:")) {
+    // A token alone names a control plane too.
+    let only_token = workload.control.is_empty() && workload.join_token_file.is_some();
+    if !only_token && workload.control.iter().all(|address| address.to_string().starts_with("unix:")) {
         return service.to_owned();
     }
     let host = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().to_lowercase();

@@ -1,7 +1,7 @@
 //! Hosts as namespaces, joined by a router that can cut them off from each other.
 //!
 //! A host is a process that does nothing but hold a network, a mount and a host-name namespace with its own `/run`,
-//! `/etc/sheer` and `/var/lib/sheer*`; other programs are started inside. Hosts reach each other through the router alone:
+//! `/etc/sheer` and `/var/lib/sheer`; other programs are started inside. Hosts reach each other through the router alone:
 //! there is nothing else that they share. The kernel ends the holders with the test, and the namespaces with them, also
 //! when the test is killed.
 
@@ -134,7 +134,7 @@ impl Host {
 
 impl Holder {
     fn start(name: &str) -> Result<Self> {
-        let own = "for d in /run /etc/sheer /var/lib/sheer /var/lib/sheer-proxies; do mkdir -p $d; mount -t tmpfs tmpfs $d; done";
+        let own = "for d in /run /etc/sheer /var/lib/sheer; do mkdir -p $d; mount -t tmpfs tmpfs $d; done";
         let script = format!("hostname {name}; {own}; ip link set lo up; touch /run/held; exec sleep infinity");
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--", "unshare", "--net", "--mount", "--uts", "sh", "-c", &script])

@@ -44,7 +44,9 @@ fn absent(error: &anyhow::Error) -> Finding {
         subject: "control plane".into(),
         what: error.to_string(),
         why: "running workloads go on with what they know; nothing new can join or change".into(),
-        mend: "sheer up".into(),
+        mend:
+            "start it with 'sheer up' or 'sheer control'; for one elsewhere, ask on its host or name its API with --api"
+                .into(),
     }
 }
 

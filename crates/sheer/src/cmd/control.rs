@@ -116,9 +116,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let options = args.place.options(args.proxy_listen, args.api_listen, args.advertise)?;
     serve(options, |plane, options| {
+        let listening =
+            |addresses: &[SocketAddr]| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         tracing::info!(
-            proxies = ?plane.proxy_addresses(),
-            api = ?plane.api_address(),
+            proxies = %listening(plane.proxy_addresses()),
+            api = %listening(plane.api_address().as_slice()),
             config = %options.config.display(),
             state = %options.state.display(),
             "control plane is up"

@@ -102,6 +102,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
 struct Found {
     services: Vec<ServiceView>,
     workloads: Vec<WorkloadView>,
+    /// Where services were asked for: the workloads behind them.
+    answering: Vec<WorkloadView>,
     /// Written objects, also those behind the services and workloads above.
     objects: Vec<ObjectView>,
 }
@@ -117,6 +119,9 @@ impl Found {
         if kind.is_none_or(|kind| kind == "Workload") {
             found.workloads = client.get(&query("/api/v1/workloads", &[namespace]))?;
             found.workloads.retain(|w| filter.admits(&w.namespace, &w.name));
+        }
+        if kind.is_some_and(|kind| kind == "Service") {
+            found.answering = client.get(&query("/api/v1/workloads", &[namespace]))?;
         }
         found.objects = client.get(&query("/api/v1/objects", &[("kind", kind)]))?;
         found.objects.retain(|o| kind.is_none_or(|kind| kind == o.kind) && filter.admits(&o.namespace, &o.name));
@@ -198,7 +203,7 @@ impl Found {
         columns
     }
 
-    /// Written objects as they are written; implied services as they could be written.
+    /// Written objects as they are written; implied services and registered workloads as they could be written.
     fn yaml(&self) -> anyhow::Result<()> {
         let mut first = true;
         let mut separate = || if std::mem::take(&mut first) { Ok(()) } else { output::print("---") };
@@ -209,7 +214,13 @@ impl Found {
         for s in self.services.iter().filter(|s| self.written("Service", &s.namespace, &s.name).is_none()) {
             separate()?;
             output::print("# implied: a workload named it, nobody wrote it")?;
-            output::yaml(&as_written(s))?;
+            let workloads = if self.answering.is_empty() { &self.workloads } else { &self.answering };
+            output::yaml(&as_written(s, workloads))?;
+        }
+        for w in self.workloads.iter().filter(|w| self.written("Workload", &w.namespace, &w.name).is_none()) {
+            separate()?;
+            output::print("# registered by its proxy, nobody wrote it")?;
+            output::yaml(&workload_as_written(w))?;
         }
         Ok(())
     }
@@ -254,8 +265,19 @@ fn ports(ports: &[PortView]) -> String {
     ports.iter().map(show).collect::<Vec<_>>().join(",")
 }
 
+/// The port of a workload behind an implied service's port 80 that no workload declares: the first that may speak HTTP.
+fn behind_80<'a>(service: &ServiceView, workloads: &'a [WorkloadView]) -> Option<&'a PortView> {
+    let own = format!("{}/{}", service.namespace, service.name);
+    let ports = || workloads.iter().filter(|w| w.services.contains(&own)).flat_map(|w| &w.ports);
+    if ports().any(|port| port.port == 80) {
+        return None;
+    }
+    ports().find(|port| matches!(port.protocol.as_str(), "" | "detect" | "http" | "http2" | "grpc"))
+}
+
 /// The document that would replace an implied service with the same.
-fn as_written(service: &ServiceView) -> Value {
+fn as_written(service: &ServiceView, workloads: &[WorkloadView]) -> Value {
+    let several = service.ports.len() > 1;
     let port = |port: &PortView| {
         let mut value = json!({ "port": port.port });
         if !matches!(port.protocol.as_str(), "" | "detect") {
@@ -263,6 +285,11 @@ fn as_written(service: &ServiceView) -> Value {
         }
         if !port.name.is_empty() {
             value["name"] = json!(port.name);
+        } else if several {
+            value["name"] = json!(format!("port-{}", port.port));
+        }
+        if let (80, Some(behind)) = (port.port, behind_80(service, workloads)) {
+            value["targetPort"] = json!(behind.port);
         }
         value
     };
@@ -274,9 +301,68 @@ fn as_written(service: &ServiceView) -> Value {
     })
 }
 
+/// What a person would write for a registered workload.
+fn workload_as_written(workload: &WorkloadView) -> Value {
+    let port = |port: &PortView| {
+        let mut value = json!({ "port": port.port });
+        if !matches!(port.protocol.as_str(), "" | "detect") {
+            value["protocol"] = json!(port.protocol);
+        }
+        if !port.name.is_empty() {
+            value["name"] = json!(port.name);
+        }
+        value
+    };
+    let mut metadata = json!({ "namespace": workload.namespace, "name": workload.name });
+    if !workload.labels.is_empty() {
+        let labels = workload.labels.iter().map(|(key, value)| (key.clone(), json!(value)));
+        metadata["labels"] = Value::Object(labels.collect());
+    }
+    let mut spec = json!({ "ports": workload.ports.iter().map(port).collect::<Vec<_>>() });
+    if let Some((_, name)) = workload.services.first().and_then(|service| service.split_once('/')) {
+        spec["service"] = json!(name);
+    }
+    if matches!(workload.mode.as_str(), "strict" | "permissive") {
+        spec["mode"] = json!(workload.mode);
+    }
+    json!({
+        "apiVersion": "sheer.dev/v1alpha1",
+        "kind": "Workload",
+        "metadata": metadata,
+        "spec": spec,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sheer_core::compile::{Source, lint};
+
+    #[test]
+    fn what_nobody_wrote_is_shown_as_it_could_be_written() {
+        let port = |port, protocol: &str| PortView { port, protocol: protocol.into(), ..PortView::default() };
+        let service = ServiceView {
+            namespace: "default".into(),
+            name: "web".into(),
+            ports: vec![port(80, "http"), port(9000, "tcp"), port(8080, "http")],
+            ..ServiceView::default()
+        };
+        let workload = WorkloadView {
+            namespace: "default".into(),
+            name: "web-1".into(),
+            services: vec!["default/web".into()],
+            labels: vec![("version".into(), "1".into())],
+            ports: vec![port(9000, "tcp"), port(8080, "http")],
+            mode: "strict".into(),
+            ..WorkloadView::default()
+        };
+        let written = as_written(&service, std::slice::from_ref(&workload));
+        assert_eq!(written["spec"]["ports"][0]["targetPort"], 8080);
+        for value in [written, workload_as_written(&workload)] {
+            let findings = lint(&[Source { file: "shown.yaml".into(), text: value.to_string() }]);
+            assert!(!findings.iter().any(|it| it.is_error()), "{findings:?}");
+        }
+    }
 
     #[test]
     fn kinds_in_any_spelling() {

@@ -52,10 +52,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         rows.push(("config", options.config.display().to_string(), "a saved change is in force at once".to_owned()));
         rows.push(("state", options.state.display().to_string(), "the root key is here".to_owned()));
-        let width = rows.iter().map(|(_, value, _)| value.len()).max().unwrap_or(0);
         let mut text = format!("{}\n", "Sheer is up.".green().bold());
         for (name, value, remark) in rows {
-            text.push_str(&format!("  {name:8} {value:width$}  {}\n", remark.dimmed()));
+            text.push_str(&format!("  {name:8} {value}\n           {}\n", remark.dimmed()));
         }
         text.push_str(NEXT);
         output::print(&text)

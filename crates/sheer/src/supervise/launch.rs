@@ -378,6 +378,10 @@ fn token(workload: &Workload, sockets: &mut Sockets) -> Result<Option<PathBuf>> 
     let Some(path) = &workload.join_token_file else { return Ok(None) };
     let token = fs::read(path)
         .with_context(|| format!("cannot read the join token in {}; 'sheer token create' makes one", path.display()))?;
+    // Told here, where the file's own name is known.
+    sheer_core::token::JoinToken::parse(&String::from_utf8_lossy(&token)).with_context(|| {
+        format!("the join token in {} cannot be used; 'sheer token create' prints a new one", path.display())
+    })?;
     let file = memory_file("join token", &token)?;
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
     sockets.kept.push(file);
