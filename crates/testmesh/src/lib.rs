@@ -7,4 +7,5 @@
 pub mod mesh;
 pub mod net;
 pub mod program;
+pub mod shop;
 pub mod wait;

@@ -3,7 +3,7 @@
 use crate::net::Host;
 use crate::program::{Program, run, sheer};
 use crate::wait;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -88,6 +88,20 @@ impl<'a> Control<'a> {
         serde_json::from_str(&text).with_context(|| format!("{arguments:?} printed {text}"))
     }
 
+    /// Waits until this many endpoints of a service of namespace `default` take traffic, and returns what is told of it.
+    ///
+    /// # Errors
+    /// When they do not within [`PATIENCE`].
+    pub fn serves(&self, service: &str, endpoints: u64) -> Result<serde_json::Value> {
+        wait::until(&format!("{service} has {endpoints} endpoints"), PATIENCE, || {
+            let mut services = self.query(&["get", "services"])?;
+            let all = services["services"].as_array_mut().context("no list")?;
+            let found = all.iter_mut().find(|found| found["name"] == service).context("it is unknown")?;
+            ensure!(found["healthy"] == endpoints, "it has {}", found["healthy"]);
+            Ok(found.take())
+        })
+    }
+
     fn launch(host: &Host, home: &Path) -> Result<Program> {
         let mut command = host.command(sheer()?);
         command.arg("control").arg("--config").arg(home.join("mesh.d")).arg("--state").arg(home.join("state"));
@@ -97,7 +111,7 @@ impl<'a> Control<'a> {
     }
 
     fn wait_until_ready(&self) -> Result<()> {
-        wait::until("the control plane answers", PATIENCE, || self.sheer(&["get", "Service"])).map(drop)
+        wait::until("the control plane answers", PATIENCE, || self.sheer(&["get", "services"])).map(drop)
     }
 }
 
@@ -114,8 +128,12 @@ impl<'a> Workload<'a> {
     /// # Errors
     /// When there is no binary.
     pub fn new(host: &Host, service: &str, home: &'a Path) -> Result<Self> {
+        Self::as_command(host, &["run", service], service, home)
+    }
+
+    fn as_command(host: &Host, verb: &[&str], service: &str, home: &'a Path) -> Result<Self> {
         let mut command = host.command(sheer()?);
-        command.args(["run", service]);
+        command.args(verb);
         Ok(Self { command, name: service.replace('/', "-"), home })
     }
 

@@ -1,7 +1,7 @@
 //! Hosts as namespaces, joined by a router that can cut them off from each other.
 //!
 //! A host is a process that does nothing but hold a network, a mount and a host-name namespace with its own `/run`,
-//! `/etc/sheer` and `/var/lib/sheer`; other programs are started inside. Hosts reach each other through the router alone:
+//! `/etc/sheer` and `/var/lib/sheer*`; other programs are started inside. Hosts reach each other through the router alone:
 //! there is nothing else that they share. The kernel ends the holders with the test, and the namespaces with them, also
 //! when the test is killed.
 
@@ -12,8 +12,10 @@ use nix::sched::{CloneFlags, setns};
 use std::cell::Cell;
 use std::fs::File;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// A network of hosts.
@@ -21,7 +23,11 @@ pub struct Net {
     router: Holder,
     hosts: Cell<u8>,
     directory: tempfile::TempDir,
+    /// Scenarios of one program run one after another: what they measure is their own doing.
+    _turn: MutexGuard<'static, ()>,
 }
+
+static TURN: Mutex<()> = Mutex::new(());
 
 /// A host with an address. It ends when this is dropped.
 pub struct Host {
@@ -38,11 +44,15 @@ impl Net {
     /// # Errors
     /// When a namespace cannot be made.
     pub fn new() -> Result<Self> {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let router = Holder::start("router")?;
         router.run(&["sysctl", "-qw", "net.ipv4.ip_forward=1"])?;
         router
             .run(&["nft", "add table inet cut; add chain inet cut forward { type filter hook forward priority 0; }"])?;
-        Ok(Self { router, hosts: Cell::new(0), directory: tempfile::tempdir()? })
+        let directory = tempfile::tempdir()?;
+        // Workloads run as other users.
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755))?;
+        Ok(Self { router, hosts: Cell::new(0), directory, _turn: turn })
     }
 
     /// Adds a host with the network 10.91.N.0/24 and the address 10.91.N.2.
@@ -102,7 +112,7 @@ impl Net {
     /// A command that records every packet between a host and the router into a file, until it is ended.
     pub fn packets(&self, host: &Host, file: &Path) -> Command {
         let mut command = self.router.command("tcpdump");
-        command.args(["-i", &format!("r{}", host.number), "-U", "-w"]).arg(file);
+        command.args(["-i", &format!("r{}", host.number), "-U", "--immediate-mode", "-w"]).arg(file);
         command
     }
 }
@@ -134,7 +144,7 @@ impl Host {
 
 impl Holder {
     fn start(name: &str) -> Result<Self> {
-        let own = "for d in /run /etc/sheer /var/lib/sheer; do mkdir -p $d; mount -t tmpfs tmpfs $d; done";
+        let own = "for d in /run /etc/sheer /var/lib/sheer /var/lib/sheer-proxies; do mkdir -p $d; mount -t tmpfs tmpfs $d; done";
         let script = format!("hostname {name}; {own}; ip link set lo up; touch /run/held; exec sleep infinity");
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--", "unshare", "--net", "--mount", "--uts", "sh", "-c", &script])

@@ -125,9 +125,11 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("--- {} printed:\n{}", self.name, self.output());
-        }
+        // Shown when the test fails.
+        let output = self.output();
+        let tail: Vec<&str> = output.lines().rev().take(15).collect();
+        eprintln!("--- {} printed, at last:", self.name);
+        tail.iter().rev().for_each(|line| eprintln!("{}", line.chars().take(400).collect::<String>()));
         let _ = kill(self.pid(), Signal::SIGTERM);
         let ended = self.wait(Duration::from_secs(2)).is_ok();
         let _ = killpg(self.pid(), Signal::SIGKILL);
