@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Mutex;
+use std::time::Duration;
 
 /// At most this many descriptors travel in one message (the kernel's limit is 253).
 pub const MAX_PASSED: usize = 64;
@@ -70,6 +71,47 @@ fn code_range(line: &str) -> Option<(usize, usize)> {
     }
     let (start, end) = range.split_once('-')?;
     Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
+}
+
+/// A number that no other socket of this machine has had since its start (SO_COOKIE).
+///
+/// # Errors
+/// When the number is not that of an open socket.
+pub fn socket_cookie(socket: RawFd) -> io::Result<u64> {
+    socket_option::<u64>(socket, libc::SOL_SOCKET, libc::SO_COOKIE)
+}
+
+/// What the kernel knows of a connection whose other side says nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quiet {
+    /// Since the other side's kernel has answered anything at all.
+    pub since_answer: Duration,
+    /// How often what it has not acknowledged has been sent again in vain.
+    pub resent: u8,
+}
+
+/// How quiet the other side of a TCP connection is (TCP_INFO).
+///
+/// # Errors
+/// When the number is not that of an open TCP socket.
+pub fn quiet(socket: RawFd) -> io::Result<Quiet> {
+    let info = socket_option::<libc::tcp_info>(socket, libc::IPPROTO_TCP, libc::TCP_INFO)?;
+    let since_answer = Duration::from_millis(u64::from(info.tcpi_last_ack_recv));
+    Ok(Quiet { since_answer, resent: if info.tcpi_unacked == 0 { 0 } else { info.tcpi_retransmits } })
+}
+
+/// Reads an option that is plain numbers.
+fn socket_option<T: Copy>(socket: RawFd, level: i32, name: i32) -> io::Result<T> {
+    let mut value = std::mem::MaybeUninit::<T>::zeroed();
+    let mut length = libc::socklen_t::try_from(size_of::<T>()).map_err(io::Error::other)?;
+    // SAFETY: The kernel writes at most `length` bytes, which is the size of what is pointed to; a number that is no
+    // socket is answered with an error.
+    let got = unsafe { libc::getsockopt(socket, level, name, value.as_mut_ptr().cast(), &raw mut length) };
+    if got < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `T` is one of the two types above, integers alone, for which zeroes and whatever the kernel wrote are valid.
+    Ok(unsafe { value.assume_init() })
 }
 
 /// Sends one message and copies of descriptors over a unix socket; retries when interrupted.

@@ -3,4 +3,5 @@
 pub mod dial;
 pub mod endpoint;
 pub mod pool;
+pub mod silence;
 pub mod tls;

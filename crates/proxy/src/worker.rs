@@ -11,6 +11,7 @@ use crate::sync::Demand;
 use crate::upstream::dial::Connector;
 use crate::upstream::endpoint::{Cell, Live, State, Table};
 use crate::upstream::pool::Pools;
+use crate::upstream::silence;
 use crate::upstream::tls::Credentials;
 use arc_swap::{ArcSwap, ArcSwapOption, Cache};
 use sheer_core::identity::SpiffeId;
@@ -205,6 +206,13 @@ impl Worker {
             loop {
                 tokio::time::sleep(SWEEP).await;
                 worker.pools.sweep();
+            }
+        });
+        let worker = self.clone();
+        tokio::task::spawn_local(async move {
+            loop {
+                tokio::time::sleep(silence::PERIOD).await;
+                worker.pools.connector().end_vanished();
             }
         });
         let mut drain = self.drain();

@@ -1,6 +1,7 @@
 //! Making connections: to mesh endpoints, to the application, to places outside the mesh.
 
 use super::endpoint::LiveEndpoint;
+use super::silence::Watch;
 use super::tls::{Carried, Credentials, Dialer, TlsError};
 use crate::capture::netns::AttachedSource;
 use crate::io::Io;
@@ -28,6 +29,13 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// HTTP/2, where each stream has a window of its own.
 const SILENCE: Duration = Duration::from_secs(3);
 
+/// The same for a request over HTTP/1 to a mesh peer, where a paused reader is told from a host that is gone.
+const SILENCE_OF_REQUEST: Duration = Duration::from_secs(3);
+
+/// The same for a connection of bytes to a mesh peer: as long as its silence is borne when it is idle. Its two sides may
+/// have gone through shorter gaps of their network unharmed.
+const SILENCE_OF_BYTES: Duration = Duration::from_secs(30);
+
 /// After how long without a byte the other side's kernel is asked whether it still knows the connection.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
@@ -36,6 +44,8 @@ pub struct Connector {
     credentials: Arc<ArcSwapOption<Credentials>>,
     /// Sockets inside the workload's namespace, where it has one of its own.
     inside: Option<AttachedSource>,
+    /// Connections to mesh peers that may have vanished.
+    watch: Watch,
 }
 
 /// Where a connection leads.
@@ -93,7 +103,12 @@ impl DialError {
 impl Connector {
     /// A connector with these credentials, now and after each renewal.
     pub fn new(credentials: Arc<ArcSwapOption<Credentials>>, inside: Option<AttachedSource>) -> Self {
-        Self { credentials, inside }
+        Self { credentials, inside, watch: Watch::default() }
+    }
+
+    /// Ends connections whose other side has vanished. To be called every [`super::silence::PERIOD`].
+    pub fn end_vanished(&self) {
+        self.watch.look();
     }
 
     /// The credentials now.
@@ -123,10 +138,25 @@ impl Connector {
         tracing::trace!(%address, "connected");
         match place {
             Place::Endpoint(live) if live.endpoint.hop == Hop::Sheer1 => {
-                notice_silence(&stream, carried);
+                self.notice_silence(&stream, carried);
                 self.secure(stream, &live.endpoint.server_name, carried, identities, sessions).await
             }
             _ => Ok((Io::Plain(stream), None)),
+        }
+    }
+
+    /// A host that vanishes says nothing; its unacknowledged bytes and unanswered questions tell.
+    fn notice_silence(&self, stream: &TcpStream, carried: Carried) {
+        let socket = socket2::SockRef::from(stream);
+        let questions = socket2::TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 3).with_retries(3);
+        // Without these options the connection is only slower to break.
+        let _ = socket.set_tcp_keepalive(&questions);
+        match carried {
+            Carried::Http1 => self.watch.add(stream, SILENCE_OF_REQUEST),
+            Carried::Tcp => self.watch.add(stream, SILENCE_OF_BYTES),
+            Carried::Http2 => {
+                let _ = socket.set_tcp_user_timeout(Some(SILENCE));
+            }
         }
     }
 
@@ -219,15 +249,4 @@ async fn from_delivery_address(address: SocketAddr) -> io::Result<TcpStream> {
         other => other?,
     }
     socket.connect(address).await
-}
-
-/// A host that vanishes says nothing; its unacknowledged bytes and unanswered questions tell.
-fn notice_silence(stream: &TcpStream, carried: Carried) {
-    let socket = socket2::SockRef::from(stream);
-    let questions = socket2::TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 3).with_retries(3);
-    // Without these options the connection is only slower to break.
-    let _ = socket.set_tcp_keepalive(&questions);
-    if carried == Carried::Http2 {
-        let _ = socket.set_tcp_user_timeout(Some(SILENCE));
-    }
 }
