@@ -32,6 +32,11 @@ macro_rules! causes {
                 match self { $(Cause::$variant => $reason,)* }
             }
 
+            /// The cause of this name.
+            pub fn parse(reason: &str) -> Option<Cause> {
+                match reason { $($reason => Some(Cause::$variant),)* _ => None }
+            }
+
             /// The HTTP status that the caller sees.
             pub const fn status(self) -> StatusCode {
                 match self { $(Cause::$variant => StatusCode::$status,)* }
@@ -122,6 +127,7 @@ mod tests {
         let mut seen = std::collections::HashSet::new();
         for cause in Cause::ALL {
             assert!(seen.insert(cause.reason()), "{cause} twice");
+            assert_eq!(Cause::parse(cause.reason()), Some(*cause));
             assert!(cause.reason().bytes().all(|b| b.is_ascii_lowercase() || b == b'-'));
         }
     }

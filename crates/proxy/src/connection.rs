@@ -11,6 +11,7 @@ use crate::tcp;
 use crate::worker::Worker;
 use bytes::{Bytes, BytesMut};
 use http::StatusCode;
+use sheer_core::cause::Cause;
 use sheer_core::head::{Known, RequestHead, Version};
 use std::time::Duration;
 
@@ -119,29 +120,32 @@ fn switch(worker: &Worker, caller: Caller, mut record: Record, response: Respons
             record.switched(head.status);
             Answer { response: Response { head, body: Body::Empty }, tunnel: Some(Tunnel { upstream, record }) }
         }
-        Err(_) => answer(worker, caller, record, Err(sheer_core::cause::Cause::BadResponse.into())),
+        Err(_) => answer(worker, caller, record, Err(Cause::BadResponse.into())),
     }
 }
 
-/// Serves a connection until it ends.
-pub async fn serve<S>(worker: &Worker, io: Io, prefix: BytesMut, spoken: Spoken, service: S)
+/// Serves a connection until it ends. `unread` begins the account of a request that cannot be read.
+pub async fn serve<S, U>(worker: &Worker, io: Io, prefix: BytesMut, spoken: Spoken, unread: U, service: S)
 where
     S: AsyncFn(Request) -> Answer + 'static,
+    U: Fn(Spoken) -> Record + 'static,
 {
     match spoken {
-        Spoken::Http1 => serve_http1(worker, io, prefix, service).await,
+        Spoken::Http1 => serve_http1(worker, io, prefix, unread, service).await,
         Spoken::Http2 => {
             let service = async move |request| Some(service(request).await.response);
-            if let Err(error) = h2::server::serve(io, prefix, worker.drain(), service).await {
+            let refused = move |cause: Cause| unread(Spoken::Http2).refused(cause.status(), cause);
+            if let Err(error) = h2::server::serve(io, prefix, worker.drain(), refused, service).await {
                 tracing::debug!(%error, "an HTTP/2 connection broke");
             }
         }
     }
 }
 
-async fn serve_http1<S>(worker: &Worker, io: Io, prefix: BytesMut, service: S)
+async fn serve_http1<S, U>(worker: &Worker, io: Io, prefix: BytesMut, unread: U, service: S)
 where
     S: AsyncFn(Request) -> Answer,
+    U: Fn(Spoken) -> Record,
 {
     let mut drain = worker.drain();
     let stop = async move {
@@ -159,7 +163,12 @@ where
     match h1::server::serve(io, prefix, &options, stop, service).await {
         Ok(Ended::Closed) => {}
         Ok(Ended::Tunnel(client, tunnel)) => carry(client, tunnel).await,
-        Err(error) => tracing::debug!(%error, "an HTTP/1 connection ended"),
+        Err(error) => {
+            if let Some(refusal) = error.refusal() {
+                unread(Spoken::Http1).refused(refusal.status, refusal.cause);
+            }
+            tracing::debug!(%error, "an HTTP/1 connection ended");
+        }
     }
 }
 

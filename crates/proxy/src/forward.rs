@@ -5,6 +5,7 @@
 
 use crate::body::{Body, Request, Response};
 use crate::capture::owner;
+use crate::connection::Spoken;
 use crate::h1;
 use crate::h1::server::{Ended, Options, Outcome};
 use crate::io::Io;
@@ -78,7 +79,12 @@ async fn http(worker: Rc<Worker>, io: Io) {
         Ok(Ended::Tunnel(client, destination)) => {
             outbound::converse(worker, client.io, client.read, destination).await;
         }
-        Err(error) => tracing::debug!(%error, "a connection to the forward proxy ended"),
+        Err(error) => {
+            if let Some(refusal) = error.refusal() {
+                outbound::unread(&worker, Spoken::Http1).refused(refusal.status, refusal.cause);
+            }
+            tracing::debug!(%error, "a connection to the forward proxy ended");
+        }
     }
 }
 

@@ -146,7 +146,16 @@ fn of_service(service: Option<&Arc<Service>>, port: u16) -> Destination {
 async fn http(worker: Rc<Worker>, io: Io, prefix: BytesMut, spoken: Spoken, destination: Destination) {
     let own = worker.clone();
     let service = async move |request| serve(&own, &destination, request).await;
-    connection::serve(&worker, io, prefix, spoken, service).await;
+    let own = worker.clone();
+    let unread = move |spoken| unread(&own, spoken);
+    connection::serve(&worker, io, prefix, spoken, unread, service).await;
+}
+
+/// Begins the account of a request that cannot be read.
+pub(crate) fn unread(worker: &Worker, spoken: Spoken) -> Record {
+    let line =
+        worker.line(|| Line { destination: "unknown".into(), ..Line::unread("outbound", &worker.source, spoken) });
+    Record::begin(worker.unknown_edge(), line)
 }
 
 /// Serves one request leaving the workload. The stages run in this order.

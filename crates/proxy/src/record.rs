@@ -4,7 +4,8 @@
 //! a client that hangs up is counted as well. What it points to is resolved before, never looked up by name.
 
 use crate::body::{Body, BodyError, Frame, Length, Response};
-use crate::metrics::Edge;
+use crate::connection::Spoken;
+use crate::metrics::{Edge, Metrics};
 use crate::tcp;
 use http::StatusCode;
 use serde::Serialize;
@@ -102,6 +103,12 @@ impl Record {
             }
             body => Body::Metered(Box::new(Metered { body, count: self.sent.clone() })),
         }
+    }
+
+    /// Ends the account of a request that was answered before it could be read as a whole.
+    pub fn refused(mut self, status: StatusCode, cause: Cause) {
+        self.status = status.as_u16();
+        self.cause = Some(cause);
     }
 
     /// Lets the record end with the response: at once when it is here as a whole, otherwise with its body.
@@ -322,6 +329,15 @@ impl Drop for ConnectionRecord {
     }
 }
 
+/// Writes down a connection that was refused before its edge was known.
+pub fn refused_connection(metrics: &Metrics, cause: Cause, line: Option<(Log, Line)>) {
+    metrics.refused_connection(cause);
+    if let Some((log, mut line)) = line {
+        line.reason = Some(cause.reason());
+        log.write(&line);
+    }
+}
+
 /// One line of the access log. Field names are those of the metrics' labels.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Line {
@@ -397,6 +413,15 @@ impl Line {
                 .unwrap_or_default(),
             ..Self::new(side, source, protocol)
         }
+    }
+
+    /// The line of a request that cannot be read.
+    pub fn unread(side: &'static str, source: &str, spoken: Spoken) -> Self {
+        let protocol = match spoken {
+            Spoken::Http1 => "http1",
+            Spoken::Http2 => "http2",
+        };
+        Self::new(side, source, protocol)
     }
 
     /// The line of a connection of bytes that arrives now.

@@ -84,6 +84,9 @@ pub(crate) async fn to_one_of(
                 match accept(chosen, response, spare) {
                     Ok(response) => {
                         chosen.state.observe(waited);
+                        if let Some(cause) = told(chosen, &response) {
+                            record.failed(cause);
+                        }
                         record.hold(in_flight);
                         if let Some(line) = record.line() {
                             line.to = Some(chosen.endpoint.address);
@@ -130,6 +133,17 @@ fn accept(chosen: &LiveEndpoint, mut response: Response, spare: Option<Body>) ->
         }
         _ => Ok(response),
     }
+}
+
+/// Why the proxy of the endpoint answered instead of its application, which cannot say this itself.
+fn told(chosen: &LiveEndpoint, response: &Response) -> Option<Cause> {
+    let may_be_failed = response.head.status.as_u16() >= 400 || response.head.fields.get(Known::GrpcStatus).is_some();
+    if chosen.endpoint.hop == Hop::None || !may_be_failed {
+        return None;
+    }
+    let reason = response.head.fields.get(Known::SheerReason)?;
+    let name = reason.split(|byte| *byte == b';').next()?;
+    Cause::parse(std::str::from_utf8(name).ok()?)
 }
 
 /// Remembers what a failure says about the endpoint.

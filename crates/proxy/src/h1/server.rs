@@ -120,7 +120,7 @@ where
                 return Ok(Ended::Closed);
             }
             Err(error) => {
-                if let Some(answer) = answer_to(&error) {
+                if let Some(answer) = error.refusal() {
                     refuse(&link, answer).await;
                 }
                 return Err(error);
@@ -264,16 +264,18 @@ async fn close(link: &Link, unread: bool) {
     link.state().io = None;
 }
 
-/// What a client is told whose connection ends with this error, if anything.
-fn answer_to(error: &ConnError) -> Option<Refusal> {
-    match error {
-        ConnError::Refused(refusal) => Some(*refusal),
-        ConnError::HeadTimeout => Some(Refusal {
-            cause: Cause::HeadTimeout,
-            status: Cause::HeadTimeout.status(),
-            detail: "the head of the request did not arrive in time",
-        }),
-        ConnError::ClientGone | ConnError::Response(_) | ConnError::ResponseLength | ConnError::Io(_) => None,
+impl ConnError {
+    /// What the client was told, if anything.
+    pub fn refusal(&self) -> Option<Refusal> {
+        match self {
+            ConnError::Refused(refusal) => Some(*refusal),
+            ConnError::HeadTimeout => Some(Refusal {
+                cause: Cause::HeadTimeout,
+                status: Cause::HeadTimeout.status(),
+                detail: "the head of the request did not arrive in time",
+            }),
+            ConnError::ClientGone | ConnError::Response(_) | ConnError::ResponseLength | ConnError::Io(_) => None,
+        }
     }
 }
 

@@ -21,16 +21,23 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Serves one client connection: each request in a task of its own, which ends when the client resets the stream. When
 /// draining begins the client gets a GOAWAY and the connection ends with its last stream. A service that has no response
-/// gives none, and the stream is reset.
+/// gives none, and the stream is reset. `refused` is told of requests that could not be read.
 ///
 /// # Errors
 /// When the connection breaks, or the client breaks the protocol.
-pub async fn serve<S>(io: Io, prefix: BytesMut, mut drain: drain::Watch, service: S) -> Result<(), h2::Error>
+pub async fn serve<S, R>(
+    io: Io,
+    prefix: BytesMut,
+    mut drain: drain::Watch,
+    refused: R,
+    service: S,
+) -> Result<(), h2::Error>
 where
     S: AsyncFn(Request) -> Option<Response> + 'static,
+    R: Fn(Cause) + 'static,
 {
     let mut connection = builder().handshake::<_, Bytes>(Prefixed { prefix: prefix.freeze(), io }).await?;
-    let service = Rc::new(service);
+    let (service, refused) = (Rc::new(service), Rc::new(refused));
     let mut pinger = Pinger::new(connection.ping_pong());
     // Who comes while the proxy is leaving is served for as long as others are.
     let leave_at = if drain.is_told() { drain::Phase::Refusing } else { drain::Phase::Told };
@@ -47,7 +54,7 @@ where
                 Some(stream) => {
                     let (request, respond) = stream?;
                     // Boxed, since a task moves its future about as a whole.
-                    tokio::task::spawn_local(Box::pin(answer(request, respond, service.clone())));
+                    tokio::task::spawn_local(Box::pin(answer(request, respond, service.clone(), refused.clone())));
                 }
                 None => return Ok(()),
             },
@@ -80,15 +87,26 @@ fn builder() -> h2::server::Builder {
 }
 
 /// Answers one request.
-async fn answer<S>(request: http::Request<RecvStream>, mut respond: SendResponse<Bytes>, service: Rc<S>)
-where
+async fn answer<S, R>(
+    request: http::Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    service: Rc<S>,
+    refused: Rc<R>,
+) where
     S: AsyncFn(Request) -> Option<Response>,
+    R: Fn(Cause),
 {
     let (parts, stream) = request.into_parts();
     let head = match convert::request_of(&parts) {
         Ok(head) => head,
-        Err(convert::Refused::Malformed) => return respond.send_reset(Reason::PROTOCOL_ERROR),
-        Err(convert::Refused::TooManyFields) => return refuse(&mut respond, Cause::HeadTooLarge),
+        Err(convert::Refused::Malformed) => {
+            refused(Cause::BadRequest);
+            return respond.send_reset(Reason::PROTOCOL_ERROR);
+        }
+        Err(convert::Refused::TooManyFields) => {
+            refused(Cause::HeadTooLarge);
+            return refuse(&mut respond, Cause::HeadTooLarge);
+        }
     };
     let body = body_of(stream, &parts.headers);
     let answer = tokio::select! {
@@ -203,7 +221,7 @@ mod tests {
         S: AsyncFn(Request) -> Option<Response> + 'static,
     {
         let (client, server) = tokio::io::duplex(64 * 1024);
-        let ended = spawn_local(serve(server.into(), BytesMut::new(), drain, service));
+        let ended = spawn_local(serve(server.into(), BytesMut::new(), drain, |_| {}, service));
         (Connection::start(client.into()).await.unwrap(), ended)
     }
 
@@ -352,7 +370,7 @@ mod tests {
         let test = async {
             let (_signal, drain) = drain::channel();
             let (client, server) = tokio::io::duplex(64 * 1024);
-            spawn_local(serve(server.into(), BytesMut::new(), drain, async |_: Request| ok(Body::Empty)));
+            spawn_local(serve(server.into(), BytesMut::new(), drain, |_| {}, async |_: Request| ok(Body::Empty)));
             let (mut sender, connection) = h2::client::handshake(client).await.unwrap();
             spawn_local(connection);
             let request = http::Request::get("http://web/").header("host", "other").body(()).unwrap();
