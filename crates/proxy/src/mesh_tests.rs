@@ -1,7 +1,5 @@
 //! Two proxies and an application in one process, over loopback, with real certificates.
 
-mod reasons;
-
 use crate::body::Body;
 use crate::drain::{self, Phase};
 use crate::listen::{Open, Traffic, accept};
@@ -491,6 +489,17 @@ async fn a_permissive_workload_admits_plaintext_as_nobody_and_peers_as_themselve
         api.knows("default/web", Protocol::Http, &[(inbound, port)]);
         let answer = get(api.door(upstream("web")).await, "/").await;
         assert!(answer.ends_with("uri=spiffe://mesh.internal/ns/default/sa/api"), "{answer}");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn a_watching_door_does_not_call_itself() {
+    let test = async {
+        let watch = beside(&Authority::new("mesh.internal"), "web", &[], Mode::Watch);
+        let answer = tokio::time::timeout(Duration::from_secs(10), get(watch.door(Traffic::Inbound).await, "/")).await;
+        let answer = answer.expect("an answer, not a circle");
+        assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("port-not-declared"), "{answer}");
     };
     LocalSet::new().run_until(test).await;
 }

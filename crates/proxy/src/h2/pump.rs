@@ -16,9 +16,7 @@ pub(super) struct Broken;
 /// When the source breaks off, the peer is told `broken`.
 pub(super) async fn send(stream: &mut SendStream<Bytes>, mut body: Body, broken: Reason) -> Result<(), Broken> {
     loop {
-        let ended_before = body.is_empty();
-        let frame = if ended_before { None } else { next(stream, &mut body, broken).await? };
-        match frame {
+        match next(stream, &mut body, broken).await? {
             None => return stream.send_data(Bytes::new(), true).map_err(|_| Broken),
             Some(Frame::Trailers(fields)) => {
                 let headers = convert::to_headers(&fields).map_err(|_| {

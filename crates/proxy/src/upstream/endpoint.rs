@@ -8,7 +8,7 @@ use parking_lot::RwLock;
 use sheer_core::balance::{self, Candidate, UNKNOWN_LATENCY, peak_ewma};
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::ServiceName;
-use sheer_core::snapshot::{Endpoint, EndpointSet, Health};
+use sheer_core::snapshot::{Endpoint, EndpointSet, Health, Hop};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -58,8 +58,9 @@ pub struct State {
     shunned_until: AtomicU64,
 }
 
-/// What makes an endpoint the same one after a change.
-type Key = (Arc<str>, SocketAddr, u16);
+/// What makes an endpoint the same one after a change. How it is dialled is a part of it: connections are kept by its
+/// state, and one that was made in plaintext must not serve what has become a mesh peer.
+type Key = (Arc<str>, SocketAddr, u16, Hop, Arc<str>);
 
 impl Default for Table {
     fn default() -> Self {
@@ -122,7 +123,8 @@ impl Table {
 }
 
 fn key_of(endpoint: &Endpoint) -> Key {
-    (endpoint.workload.clone(), endpoint.address, endpoint.workload_port)
+    let Endpoint { workload, address, workload_port, hop, server_name, .. } = endpoint;
+    (workload.clone(), *address, *workload_port, *hop, server_name.clone())
 }
 
 impl Live {
@@ -209,7 +211,6 @@ impl Drop for InFlight {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sheer_core::snapshot::Hop;
 
     fn endpoint(port: u16) -> Arc<Endpoint> {
         Arc::new(Endpoint {
@@ -242,5 +243,10 @@ mod tests {
         drop(held);
         assert_eq!(after.of_port(80)[0].cost(), after.of_port(80)[1].cost());
         assert!(after.of_port(81).is_empty());
+        // What was dialled in plaintext is another endpoint once it is a mesh peer.
+        let plain = Arc::new(Endpoint { hop: Hop::None, ..Endpoint::clone(&endpoint(1)) });
+        table.set(&web, Arc::new(EndpointSet::new(vec![], vec![plain])));
+        let plain = cell.load_full().unwrap();
+        assert!(!Arc::ptr_eq(&plain.of_port(80)[0].state, &after.of_port(80)[0].state));
     }
 }
