@@ -15,7 +15,7 @@ use crate::io::Io;
 use crate::metrics::{Edge, Protocol};
 use crate::plan::{self, Mode};
 use crate::platform::original_destination;
-use crate::record::{ConnectionRecord, IDENTITY_FIELDS, Line, Record};
+use crate::record::{ConnectionRecord, IDENTITY_FIELDS, Line, Record, refused_connection};
 use crate::send::{self, Outgoing};
 use crate::tcp;
 use crate::upstream::dial::Place;
@@ -170,12 +170,12 @@ fn plaintext(worker: &Worker, stream: &TcpStream, port: u16) -> Result<(), Cause
 /// Serves a connection of a mesh peer.
 async fn from_peer(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr) {
     let Some(credentials) = worker.pools.connector().credentials() else {
-        return worker.proxy.metrics.refused_connection(Cause::NoIdentity);
+        return turn_away(&worker, Cause::NoIdentity);
     };
     let accepted = match timeout(HANDSHAKE_TIMEOUT, credentials.accept(stream)).await {
         Ok(Ok(accepted)) => accepted,
         Ok(Err(error)) => return untrusted(&worker, dialled, &error),
-        Err(_) => return worker.proxy.metrics.refused_connection(Cause::TlsFailed),
+        Err(_) => return turn_away(&worker, Cause::TlsFailed),
     };
     let Accepted { io, peer, server_name, carried } = accepted;
     let port = asked_port(&worker, &server_name);
@@ -195,7 +195,14 @@ async fn from_peer(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr) {
 fn untrusted(worker: &Worker, dialled: SocketAddr, error: &TlsError) {
     let cause = if error.is_untrusted() { Cause::PeerUntrusted } else { Cause::TlsFailed };
     tracing::info!(%cause, %dialled, %error, "a mesh connection was refused");
-    worker.proxy.metrics.refused_connection(cause);
+    turn_away(worker, cause);
+}
+
+/// Writes down a connection of nobody known.
+fn turn_away(worker: &Worker, cause: Cause) {
+    let line =
+        worker.line(|| Line { destination: worker.source.to_string(), ..Line::of_connection("inbound", "unknown") });
+    refused_connection(&worker.proxy.metrics, cause, line);
 }
 
 /// The port that a server name asks for, if this workload answers for the service and declares the port.
@@ -262,23 +269,34 @@ async fn from_client(worker: Rc<Worker>, mut io: Io, declared: plan::Protocol, s
 
 /// Refuses a connection, in the client's own words where it speaks HTTP/1.
 async fn refuse(worker: Rc<Worker>, stream: TcpStream, cause: Cause) {
-    worker.proxy.metrics.refused_connection(cause);
     tracing::info!(%cause, peer = ?stream.peer_addr().ok(), "a connection was refused");
     let mut io = Io::Plain(stream);
     let mut prefix = BytesMut::new();
     let detected = timeout(HANDSHAKE_TIMEOUT, detect::detect(&mut io, &mut prefix)).await;
     if !matches!(detected, Ok(Ok(Some(Detected::Http1)))) {
+        turn_away(&worker, cause);
         return tcp::reset(&io);
     }
+    worker.proxy.metrics.refused_connection(cause);
+    let own = worker.clone();
+    let unread = move |spoken| {
+        let line =
+            own.line(|| Line { destination: own.source.to_string(), ..Line::unread("inbound", "unknown", spoken) });
+        Record::begin(own.inbound_edge("unknown", Protocol::Http1, false), line)
+    };
     let own = worker.clone();
     let service = async move |request: Request| {
         let caller = Caller::of(&request.head, Audience::Mesh);
-        let record = Record::begin(own.inbound_edge("unknown", Protocol::Http1, false), None);
+        let line = own.line(|| Line {
+            destination: own.source.to_string(),
+            ..Line::of_request("inbound", "unknown", &request.head)
+        });
+        let record = Record::begin(own.inbound_edge("unknown", Protocol::Http1, false), line);
         let mut answer = connection::answer(&own, caller, record, Err(cause.into()));
         answer.close();
         answer
     };
-    connection::serve(&worker, io, prefix, Spoken::Http1, service).await;
+    connection::serve(&worker, io, prefix, Spoken::Http1, unread, service).await;
 }
 
 impl Session {
@@ -318,9 +336,20 @@ impl Session {
 
 /// Serves the requests of one connection.
 async fn http(worker: Rc<Worker>, io: Io, prefix: BytesMut, spoken: Spoken, session: Session) {
+    let session = Rc::new(session);
+    let (own, asked) = (worker.clone(), session.clone());
+    let unread = move |spoken| {
+        let edge = match spoken {
+            Spoken::Http1 => &session.edges.http1,
+            Spoken::Http2 => &session.edges.http2,
+        };
+        let line = own
+            .line(|| Line { destination: own.source.to_string(), ..Line::unread("inbound", &session.source, spoken) });
+        Record::begin(edge.clone(), line)
+    };
     let own = worker.clone();
-    let service = async move |request| serve(&own, &session, request).await;
-    connection::serve(&worker, io, prefix, spoken, service).await;
+    let service = async move |request| serve(&own, &asked, request).await;
+    connection::serve(&worker, io, prefix, spoken, unread, service).await;
 }
 
 /// Serves one request to the workload. The stages run in this order.

@@ -1,5 +1,7 @@
 //! Two proxies and an application in one process, over loopback, with real certificates.
 
+mod reasons;
+
 use crate::body::Body;
 use crate::drain::{self, Phase};
 use crate::listen::{Open, Traffic, accept};

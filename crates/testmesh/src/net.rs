@@ -12,8 +12,10 @@ use nix::sched::{CloneFlags, setns};
 use std::cell::Cell;
 use std::fs::File;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// A network of hosts.
@@ -21,7 +23,11 @@ pub struct Net {
     router: Holder,
     hosts: Cell<u8>,
     directory: tempfile::TempDir,
+    /// Scenarios of one program run one after another: what they measure is their own doing.
+    _turn: MutexGuard<'static, ()>,
 }
+
+static TURN: Mutex<()> = Mutex::new(());
 
 /// A host with an address. It ends when this is dropped.
 pub struct Host {
@@ -38,11 +44,15 @@ impl Net {
     /// # Errors
     /// When a namespace cannot be made.
     pub fn new() -> Result<Self> {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let router = Holder::start("router")?;
         router.run(&["sysctl", "-qw", "net.ipv4.ip_forward=1"])?;
         router
             .run(&["nft", "add table inet cut; add chain inet cut forward { type filter hook forward priority 0; }"])?;
-        Ok(Self { router, hosts: Cell::new(0), directory: tempfile::tempdir()? })
+        let directory = tempfile::tempdir()?;
+        // Workloads run as other users.
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755))?;
+        Ok(Self { router, hosts: Cell::new(0), directory, _turn: turn })
     }
 
     /// Adds a host with the network 10.91.N.0/24 and the address 10.91.N.2.
@@ -102,7 +112,7 @@ impl Net {
     /// A command that records every packet between a host and the router into a file, until it is ended.
     pub fn packets(&self, host: &Host, file: &Path) -> Command {
         let mut command = self.router.command("tcpdump");
-        command.args(["-i", &format!("r{}", host.number), "-U", "-w"]).arg(file);
+        command.args(["-i", &format!("r{}", host.number), "-U", "--immediate-mode", "-w"]).arg(file);
         command
     }
 }
