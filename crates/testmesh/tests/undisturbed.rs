@@ -1,11 +1,14 @@
 //! Events that no request may notice, each under the load of [`sheer_testmesh::shop`]: 500 requests a second.
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use sheer_testmesh::mesh::{Control, PATIENCE, Workload};
 use sheer_testmesh::net::Net;
+use sheer_testmesh::program::{run, sheer};
 use sheer_testmesh::shop::{self, AROUND, Customers, PLAIN_USER};
-use std::time::Duration;
+use sheer_testmesh::wait;
+use std::time::{Duration, Instant};
 
 /// kill -9 of the control plane, and its return.
 #[test]
@@ -93,6 +96,38 @@ fn a_canary_takes_over() -> Result<()> {
         ensure!((after - total * share).abs() <= deviation, "{after} of {total} went to v2 at a weight of {new} %");
     }
     customers.are_all_served()?;
+    Ok(())
+}
+
+/// kill -9 of a service's proxy, with and without a control plane: served again within a second.
+#[test]
+fn a_killed_proxy_is_back_within_a_second() -> Result<()> {
+    let net = Net::new()?;
+    let host = net.host("one")?;
+    let mut control = Control::start(&host, &net.directory().join("control"))?;
+    let server = shop::instance(&host, net.directory(), "reviews", "8081", "v1", PLAIN_USER)?;
+    control.serves("reviews", 1)?;
+    let mut client =
+        Workload::new(&host, "client", net.directory())?.flags(PLAIN_USER).start(&["sleep", "infinity"])?;
+    client.prints("is ready", PATIENCE)?;
+    let ask = || {
+        let mut command = host.command(sheer()?);
+        command.args(["exec", "client-1", "--", "curl", "-sS", "--fail", "--max-time", "1"]);
+        run(command.arg("http://reviews/reviews/tea"))
+    };
+    wait::until("it is served", PATIENCE, ask)?;
+    for with_control in [true, false] {
+        if !with_control {
+            control.program.signal(Signal::SIGKILL)?;
+            control.program.wait(PATIENCE)?;
+        }
+        let supervisor = server.pid().to_string();
+        let proxy: i32 = run(host.command("pgrep").args(["-P", &supervisor, "-f", "__proxy"]))?.trim().parse()?;
+        kill(Pid::from_raw(proxy), Signal::SIGKILL)?;
+        let killed = Instant::now();
+        wait::until("it is served again", Duration::from_secs(1), ask)?;
+        eprintln!("served again after {:?}, control plane there: {with_control}", killed.elapsed());
+    }
     Ok(())
 }
 
