@@ -25,10 +25,17 @@ impl Dirs {
     /// Those of the user that runs this process. Nothing is created.
     ///
     /// # Errors
-    /// When the user has no home directory and the variables that would replace it are not set.
+    /// When the user has no home directory and the variables that would replace it are not set, or when the directory
+    /// of sockets is somebody else's.
     pub(crate) fn of_user() -> anyhow::Result<Self> {
         let variable = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
-        Self::find(nix::unistd::geteuid().as_raw(), variable)
+        let uid = nix::unistd::geteuid().as_raw();
+        let dirs = Self::find(uid, variable)?;
+        // Where anybody may make directories, somebody else may have made this one: what it says must not be believed.
+        match uid {
+            0 => Ok(dirs),
+            _ => refuse_foreign(&dirs.runtime, uid).map(|()| dirs),
+        }
     }
 
     fn find(uid: u32, variable: impl Fn(&str) -> Option<PathBuf>) -> anyhow::Result<Self> {
@@ -94,6 +101,22 @@ pub(crate) fn make_private(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Refuses a directory that exists and is another user's, writable by others, or not a directory.
+fn refuse_foreign(path: &Path, uid: u32) -> anyhow::Result<()> {
+    let found = match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        other => other.with_context(|| format!("cannot look at {}", path.display()))?,
+    };
+    if found.is_dir() && found.uid() == uid && found.permissions().mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    bail!(
+        "{} is not a directory that user id {uid} alone may write to, so nothing in it is trusted; remove it, or set \
+         XDG_RUNTIME_DIR to a directory of your own",
+        path.display()
+    )
+}
+
 /// Creates a directory and those above it, unless it exists.
 ///
 /// # Errors
@@ -124,6 +147,21 @@ mod tests {
         let dirs = find(7, &[("XDG_RUNTIME_DIR", "/run/user/7"), ("XDG_STATE_HOME", "/s"), ("XDG_CONFIG_HOME", "/c")]);
         assert_eq!(dirs.expect("found").api_socket(), Path::new("/run/user/7/sheer/api.sock"));
         assert!(find(7, &[]).unwrap_err().to_string().contains("XDG_STATE_HOME"));
+    }
+
+    #[test]
+    fn what_others_could_have_written_is_not_believed() {
+        let above = tempfile::tempdir().expect("a directory");
+        let (path, link) = (above.path().join("sheer-7"), above.path().join("link"));
+        let uid = nix::unistd::geteuid().as_raw();
+        refuse_foreign(&path, uid).expect("absent");
+        make(&path, 0o700).expect("created");
+        refuse_foreign(&path, uid).expect("own");
+        assert!(refuse_foreign(&path, uid + 1).unwrap_err().to_string().contains("XDG_RUNTIME_DIR"));
+        std::os::unix::fs::symlink(&path, &link).expect("linked");
+        assert!(refuse_foreign(&link, uid).is_err());
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777)).expect("changed");
+        assert!(refuse_foreign(&path, uid).is_err());
     }
 
     #[test]
