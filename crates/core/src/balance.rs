@@ -10,7 +10,7 @@ use std::time::Duration;
 /// The time over which an old observation loses 63 % of its weight.
 pub const DECAY: Duration = Duration::from_secs(10);
 
-/// What an endpoint that has not answered yet is taken to need, so that it is tried without being flooded.
+/// What an endpoint that has not answered yet is taken to need for each request that it holds.
 pub const UNKNOWN_LATENCY: Duration = Duration::from_millis(30);
 
 /// The moving average after one more answer. All in seconds; `elapsed` is the time since the previous answer.
@@ -22,9 +22,19 @@ pub fn peak_ewma(average_s: f64, sample_s: f64, elapsed: Duration) -> f64 {
     average_s * weight + sample_s * (1.0 - weight)
 }
 
-/// The cost of sending one more request to an endpoint.
-pub fn cost(average_s: f64, in_flight: u32, weight: u32) -> f64 {
-    average_s * f64::from(in_flight + 1) / f64::from(weight.max(1))
+/// What is left of an average after an endpoint has been idle for so long: one that was slow once is tried again.
+pub fn aged(average_s: f64, idle: Duration) -> f64 {
+    average_s * (-idle.as_secs_f64() / DECAY.as_secs_f64()).exp()
+}
+
+/// The cost of sending one more request to an endpoint. One that has never answered costs nothing while it holds no
+/// request: it is tried at once, with one request at a time.
+pub fn cost(average_s: Option<f64>, in_flight: u32, weight: u32) -> f64 {
+    let expected = match average_s {
+        Some(average_s) => average_s * f64::from(in_flight + 1),
+        None => UNKNOWN_LATENCY.as_secs_f64() * f64::from(in_flight),
+    };
+    expected / f64::from(weight.max(1))
 }
 
 /// What the balancer must know of an endpoint.
@@ -115,6 +125,14 @@ mod tests {
         assert_eq!(peak_ewma(0.01, 1.0, Duration::from_secs(1)), 1.0);
         let after = peak_ewma(1.0, 0.01, Duration::from_secs(10));
         assert!((0.3..0.4).contains(&after), "{after}");
-        assert!(cost(0.01, 9, 1) > cost(0.05, 0, 1));
+        assert!(cost(Some(0.01), 9, 1) > cost(Some(0.05), 0, 1));
+    }
+
+    #[test]
+    fn a_new_or_idle_endpoint_gets_its_turn_among_fast_ones() {
+        let fast = cost(Some(0.0005), 0, 1);
+        assert!(cost(None, 0, 1) < fast, "a new one is tried at once");
+        assert!(cost(None, 1, 1) > fast, "with one request, until it has answered");
+        assert!(cost(Some(aged(5.0, Duration::from_secs(120))), 0, 1) < fast, "what was slow long ago is tried again");
     }
 }

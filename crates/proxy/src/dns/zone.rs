@@ -80,6 +80,9 @@ impl Zone {
         if let Some(addresses) = self.hosts.get(name) {
             return Lookup::Found(addresses);
         }
+        if is_own_reverse(name) {
+            return Lookup::Missing;
+        }
         if !self.is_under_domain(name) {
             return Lookup::Foreign;
         }
@@ -90,6 +93,18 @@ impl Zone {
         !self.domain.is_empty()
             && name.strip_suffix(&*self.domain).is_some_and(|front| front.is_empty() || front.ends_with('.'))
     }
+}
+
+/// Whether a name asks who has an address that means something in this namespace alone: loopback, from which callers are
+/// delivered, and the range of virtual addresses. Nobody else knows, and servers that ask for each caller must not wait
+/// for a resolver to say so (RFC 6303).
+fn is_own_reverse(name: &str) -> bool {
+    if let Some(v4) = name.strip_suffix(".in-addr.arpa") {
+        let network = v4.rsplit('.').next().and_then(|label| label.parse().ok());
+        return matches!(network, Some(127u8 | 240..=255)) || v4 == "8.0.0.192";
+    }
+    // ::1 and ::6: 31 zeros behind one digit.
+    name.strip_suffix(".ip6.arpa").is_some_and(|v6| v6.len() == 63 && v6.split('.').skip(1).all(|label| label == "0"))
 }
 
 fn addresses_of(service: &Service) -> Addresses {
@@ -158,5 +173,16 @@ pub(crate) mod tests {
         let zone = Zone::new("mesh.internal", &services);
         let first = Addresses { v4: vec![Ipv4Addr::new(240, 0, 0, 1)], v6: vec![] };
         assert_eq!(zone.lookup("shared.example"), Lookup::Found(&first));
+    }
+
+    #[test]
+    fn nobody_else_is_asked_for_the_names_of_own_addresses() {
+        let six = format!("6.{}0.ip6.arpa", "0.".repeat(30));
+        for own in ["6.0.0.127.in-addr.arpa", "1.0.0.240.in-addr.arpa", "8.0.0.192.in-addr.arpa", six.as_str()] {
+            assert_eq!(Zone::default().lookup(own), Lookup::Missing, "{own}");
+        }
+        for other in ["1.2.3.10.in-addr.arpa", "127.in-addr.arpa.example", "a.ip6.arpa", "1.1.1.1.in-addr.arpa"] {
+            assert_eq!(Zone::default().lookup(other), Lookup::Foreign, "{other}");
+        }
     }
 }

@@ -5,7 +5,7 @@
 
 use arc_swap::ArcSwapOption;
 use parking_lot::RwLock;
-use sheer_core::balance::{self, Candidate, UNKNOWN_LATENCY, peak_ewma};
+use sheer_core::balance::{self, Candidate, aged, peak_ewma};
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::ServiceName;
 use sheer_core::snapshot::{Endpoint, EndpointSet, Health, Hop};
@@ -52,7 +52,7 @@ pub struct State {
     in_flight: AtomicU32,
     /// Bits of an `f64`, in seconds.
     average: AtomicU64,
-    /// Microseconds since the epoch.
+    /// Microseconds since the epoch; 0 before the first answer.
     observed: AtomicU64,
     /// Microseconds since the epoch until which it is picked last.
     shunned_until: AtomicU64,
@@ -145,7 +145,7 @@ impl State {
         Self {
             epoch,
             in_flight: AtomicU32::new(0),
-            average: AtomicU64::new(UNKNOWN_LATENCY.as_secs_f64().to_bits()),
+            average: AtomicU64::new(0),
             observed: AtomicU64::new(0),
             shunned_until: AtomicU64::new(0),
         }
@@ -159,7 +159,7 @@ impl State {
 
     /// Takes an answer's time into the average.
     pub fn observe(&self, latency: Duration) {
-        let now = self.now();
+        let now = self.now().max(1);
         let elapsed = now.saturating_sub(self.observed.swap(now, Relaxed));
         let average = f64::from_bits(self.average.load(Relaxed));
         // Two answers at once may lose one of them: the average is an estimate.
@@ -175,6 +175,17 @@ impl State {
     /// A connect has succeeded: it is picked again as before.
     pub fn welcome(&self) {
         self.shunned_until.store(0, Relaxed);
+    }
+
+    /// The average response time in seconds, less while it is idle; `None` before the first answer.
+    fn average(&self, in_flight: u32) -> Option<f64> {
+        let observed = self.observed.load(Relaxed);
+        let average = f64::from_bits(self.average.load(Relaxed));
+        match (observed, in_flight) {
+            (0, _) => None,
+            (_, 0) => Some(aged(average, Duration::from_micros(self.now().saturating_sub(observed)))),
+            _ => Some(average),
+        }
     }
 
     fn is_shunned(&self) -> bool {
@@ -193,8 +204,8 @@ impl Candidate for LiveEndpoint {
     }
 
     fn cost(&self) -> f64 {
-        let average = f64::from_bits(self.state.average.load(Relaxed));
-        balance::cost(average, self.state.in_flight.load(Relaxed), self.endpoint.weight)
+        let in_flight = self.state.in_flight.load(Relaxed);
+        balance::cost(self.state.average(in_flight), in_flight, self.endpoint.weight)
     }
 }
 
