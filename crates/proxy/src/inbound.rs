@@ -80,7 +80,7 @@ struct Edges {
 /// Serves one connection at the mesh's door.
 pub async fn accept(worker: Rc<Worker>, stream: TcpStream) {
     let Ok(local) = stream.local_addr() else { return };
-    let dialled = original_destination(&stream).unwrap_or(local);
+    let dialled = original_destination(&stream).unwrap_or_else(|| at_the_door(&worker, local));
     let may_be_plaintext = plaintext(&worker, &stream, dialled.port());
     let may_speak_first = may_be_plaintext.is_ok() && !is_client_first(&worker, dialled.port());
     let mut looked = timeout(if may_speak_first { SILENCE } else { HANDSHAKE_TIMEOUT }, first_look(&stream)).await;
@@ -97,6 +97,15 @@ pub async fn accept(worker: Rc<Worker>, stream: TcpStream) {
         (true, _) => from_peer(worker, stream, dialled).await,
         (false, Ok(())) => from_outside(worker, stream, dialled, Who::Unauthenticated).await,
         (false, Err(cause)) => refuse(worker, stream, cause).await,
+    }
+}
+
+/// Where a connection goes that dialled the door itself. A mesh peer names the port; plaintext cannot, so before a
+/// workload in a namespace of its own it means the only port there is.
+fn at_the_door(worker: &Worker, local: SocketAddr) -> SocketAddr {
+    match (&worker.proxy.inside, worker.proxy.plan.ports.as_slice()) {
+        (Some(_), [only]) => SocketAddr::new(local.ip(), only.port),
+        _ => local,
     }
 }
 

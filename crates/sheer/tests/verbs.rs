@@ -220,7 +220,9 @@ fn the_loopback_address_asks_for_the_token() -> Result<()> {
     let text = plane.program.output();
     let line = text.lines().find(|line| line.trim_start().starts_with("api ")).context("no line of the API")?;
     let address = line.split_whitespace().nth(1).and_then(|url| url.strip_suffix("/api/v1/")).context("no address")?;
-    let file = line.split_whitespace().last().context("no token file")?;
+    let file = plane.path("state/api.token");
+    let file = &*file.to_string_lossy();
+    ensure!(text.contains(file), "the token's file is not named:\n{text}");
     run(&mut sheer(&["get", "--api", address, "--api-token-file", file]))?;
     fs::write(plane.path("wrong"), "0123456789abcdef0123456789abcdef")?;
     let wrong =

@@ -17,7 +17,6 @@ fn nothing_readable_is_on_the_wire() -> Result<()> {
 
 /// The same recorder finds it where nothing is changed.
 #[test]
-#[ignore = "a peer of a workload in watch mode on another host is answered 502"]
 fn everything_is_readable_in_watch_mode() -> Result<()> {
     send_a_marker("watch", true)
 }
@@ -123,7 +122,7 @@ fn serve(
 
 /// A workload that only calls others, by [`inside`].
 fn idle(host: &Host, control: &Control<'_>, home: &Path, service: &str) -> Result<Program> {
-    let workload = Workload::new(host, service, home)?.flags(PLAIN_USER);
+    let workload = Workload::new(host, service, home)?.flags(PLAIN_USER).flags(&["--name", &format!("{service}-1")]);
     let mut program = joined(workload, host, control, service)?.start(&["sleep", "infinity"])?;
     program.prints("is ready", PATIENCE)?;
     Ok(program)
