@@ -16,6 +16,10 @@ use tokio::sync::Notify;
 /// How long accepting pauses when there is no descriptor left: those in use must be closed first.
 const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
 
+/// Of a client that says nothing for so long it is asked whether it is still there, and after this part of that time
+/// again, three times: one that vanished must not hold a descriptor.
+const KEEPALIVE: Duration = Duration::from_secs(60);
+
 /// What to do with an accepted connection.
 #[derive(Clone, Debug)]
 pub enum Traffic {
@@ -83,6 +87,11 @@ impl Drop for OpenOne {
 
 /// Accepts until the worker ends. Each connection is a task of its own: one that panics takes nothing else with it.
 pub async fn accept(worker: Rc<Worker>, listener: TcpListener, traffic: Traffic, open: Open) {
+    // What a listener has its connections inherit.
+    let questions = socket2::TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 6).with_retries(3);
+    if let Err(error) = socket2::SockRef::from(&listener).set_tcp_keepalive(&questions) {
+        tracing::warn!(%error, "clients that vanish will not be noticed");
+    }
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {

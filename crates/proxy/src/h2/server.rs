@@ -17,7 +17,11 @@ use std::io::IoSlice;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// How long a client may take to say its preface.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves one client connection: each request in a task of its own, which ends when the client resets the stream. When
 /// draining begins the client gets a GOAWAY and the connection ends with its last stream. A service that has no response
@@ -36,7 +40,10 @@ where
     S: AsyncFn(Request) -> Option<Response> + 'static,
     R: Fn(Cause) + 'static,
 {
-    let mut connection = builder().handshake::<_, Bytes>(Prefixed { prefix: prefix.freeze(), io }).await?;
+    let handshake = builder().handshake::<_, Bytes>(Prefixed { prefix: prefix.freeze(), io });
+    // A client that never says its preface would hold its connection for ever.
+    let greeted = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await;
+    let mut connection = greeted.unwrap_or_else(|_| Err(Reason::SETTINGS_TIMEOUT.into()))?;
     let (service, refused) = (Rc::new(service), Rc::new(refused));
     let mut pinger = Pinger::new(connection.ping_pong());
     // Who comes while the proxy is leaving is served for as long as others are.
@@ -260,6 +267,15 @@ mod tests {
             assert_eq!(client.streams(), 0);
         };
         LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_says_nothing_is_let_go() {
+        let (_client, server) = tokio::io::duplex(1024);
+        let (_signal, drain) = drain::channel();
+        let service = async |_| ok(Body::Empty);
+        let ended = serve(server.into(), BytesMut::new(), drain, |_| {}, service).await.unwrap_err();
+        assert_eq!(ended.reason(), Some(Reason::SETTINGS_TIMEOUT));
     }
 
     #[tokio::test]
