@@ -39,6 +39,9 @@ pub struct StoredPort {
     mesh_port: u16,
     hop: i32,
     pub(crate) ready: bool,
+    /// What was stored before this was told is a port of a namespace of its own: dialled by name alone.
+    #[serde(default)]
+    at_address: bool,
 }
 
 /// Why a registration is refused.
@@ -103,6 +106,7 @@ impl Stored {
                     mesh_port: port.mesh_port,
                     hop: Hop::try_from(port.hop).unwrap_or(Hop::None),
                     ready: port.ready,
+                    at_address: port.at_address,
                 })
                 .collect(),
             address: self.address,
@@ -285,6 +289,7 @@ fn claimed_ports(registration: &v1::Registration, enrollment: Option<&Enrollment
             mesh_port,
             hop: claimed.hop,
             ready: claimed.ready,
+            at_address: claimed.at_address,
         });
     }
     Ok(ports)

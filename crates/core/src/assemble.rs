@@ -96,6 +96,7 @@ pub fn endpoints(from: &v1::Endpoints, cluster_domain: &str) -> Result<EndpointS
                 Ok(v1::Health::Suspect) | Err(_) => Health::Suspect,
             },
             weight: it.weight.max(1),
+            at_address: it.at_address,
         }))
     })?;
     Ok(EndpointSet::new(identities, list))

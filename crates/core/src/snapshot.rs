@@ -205,6 +205,9 @@ pub struct Endpoint {
     pub health: Health,
     /// Relative share of the load, at least 1.
     pub weight: u32,
+    /// The application's port is a port of the address too. Not so when the workload has a network namespace of its
+    /// own: what listens there at the host's address is another program.
+    pub at_address: bool,
 }
 
 /// How a proxy dials an endpoint.

@@ -74,6 +74,7 @@ fn registered() -> impl Strategy<Value = Registered> {
                 mesh_port: 40_000,
                 hop: Hop::Sheer1,
                 ready,
+                at_address: false,
             }],
             address: IpAddr::from([192, 0, 2, number]),
             network: "default".to_owned(),

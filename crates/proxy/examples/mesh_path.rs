@@ -42,6 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         hop: Hop::Sheer1,
         health: Health::Healthy,
         weight: 1,
+        at_address: true,
     };
     let inbound = Beside::start(&authority, "web", &[backend], Door { listener, role: Role::Inbound }, |_| Ok(()))?;
     let listener = TcpListener::bind("127.0.0.1:0")?;

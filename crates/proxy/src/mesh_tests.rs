@@ -34,7 +34,8 @@ struct Beside {
     _demands: Demands,
 }
 
-fn plan(name: &str, ports: &[u16], mode: Mode) -> Plan {
+/// A plan for tests.
+pub(crate) fn plan(name: &str, ports: &[u16], mode: Mode) -> Plan {
     Plan {
         service: format!("default/{name}"),
         name: format!("{name}-1"),
@@ -117,6 +118,7 @@ impl Beside {
                 hop: Hop::Sheer1,
                 health: Health::Healthy,
                 weight: 1,
+                at_address: false,
             })
         });
         let id = SpiffeId::parse(&format!("spiffe://mesh.internal/ns/default/sa/{}", name.name)).unwrap();

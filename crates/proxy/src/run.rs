@@ -453,6 +453,7 @@ fn registration(plan: &Plan, service: &str, inbound: Option<u16>, epoch: u64) ->
         name: String::new(),
         ready: false,
         hop: if plan.mode == Mode::Watch { v1::Hop::None } else { v1::Hop::Sheer1 }.into(),
+        at_address: plan.capture != Capture::Netns,
     };
     let labels = plan.labels.iter();
     v1::Registration {
@@ -493,5 +494,23 @@ fn protocol(declared: plan::Protocol) -> v1::Protocol {
         plan::Protocol::Grpc => v1::Protocol::Grpc,
         plan::Protocol::Tcp => v1::Protocol::Tcp,
         plan::Protocol::Tls => v1::Protocol::Tls,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_in_a_namespace_of_its_own_is_none_of_the_hosts() {
+        let told = |capture| {
+            let plan = Plan { capture, ..crate::mesh_tests::plan("web", &[8080], Mode::Strict) };
+            let registration = registration(&plan, "default/web", Some(40_000), 1);
+            let [port] = registration.ports.as_slice() else { panic!("one port") };
+            (port.mesh_port, port.at_address)
+        };
+        assert_eq!(told(Capture::Netns), (40_000, false));
+        assert_eq!((told(Capture::Env), told(Capture::None)), ((40_000, true), (40_000, true)));
+        assert_eq!((told(Capture::Cgroup), told(Capture::Here)), ((8080, true), (8080, true)));
     }
 }

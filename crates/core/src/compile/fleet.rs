@@ -49,6 +49,8 @@ pub struct RegisteredPort {
     pub hop: Hop,
     /// Whether the application accepts.
     pub ready: bool,
+    /// Whether the application's port is one of the address too.
+    pub at_address: bool,
 }
 
 /// Wire resources that a change may have made different, by their services. Each is to be made anew; one that is then

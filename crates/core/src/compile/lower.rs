@@ -373,6 +373,7 @@ fn registered_endpoints(written: Option<&Service>, workload: &Registered, endpoi
             weight: 1,
             network: workload.network.clone(),
             locality: workload.locality.clone(),
+            at_address: port.at_address,
         });
     }
 }
@@ -394,6 +395,7 @@ fn static_endpoints(written: Option<&Service>, workload: &Workload, endpoints: &
                 weight: 1,
                 network: workload.network.clone(),
                 locality: workload.locality.clone(),
+                at_address: true,
             });
         }
     }

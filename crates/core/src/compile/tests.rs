@@ -34,6 +34,7 @@ fn workload(number: u8, service: &str, account: &str, ports: &[(u16, Protocol)])
         mesh_port: 40_000 + u16::from(number),
         hop: Hop::Sheer1,
         ready: true,
+        at_address: false,
     };
     Registered {
         uid: format!("local/proxy/{}-{number}", service),
@@ -65,6 +66,7 @@ fn nothing_written_is_a_working_mesh() {
     let endpoints = endpoints_of(&compiled, &fleet, &Pinned("api"), &name("api")).unwrap();
     let ports: Vec<_> = endpoints.endpoints.iter().map(|it| (it.service_port, it.port, it.workload_port)).collect();
     assert_eq!(ports, [(80, 40_001, 8081), (8081, 40_001, 8081)]);
+    assert!(endpoints.endpoints.iter().all(|it| !it.at_address), "its proxy did not say so");
     assert_eq!(endpoints.identities, ["spiffe://mesh.internal/ns/default/sa/api"]);
     assert_eq!(routes_of(&compiled, &fleet, &name("api")), None);
 }
@@ -219,7 +221,7 @@ spec:
     assert_eq!(everything.services.len(), 1);
     let endpoints = &everything.endpoints[&name("database")];
     assert_eq!(endpoints.endpoints.len(), 2);
-    assert!(endpoints.endpoints.iter().all(|it| it.hop() == Hop::None && it.port == 5432));
+    assert!(endpoints.endpoints.iter().all(|it| it.hop() == Hop::None && it.port == 5432 && it.at_address));
 }
 
 #[test]

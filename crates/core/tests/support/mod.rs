@@ -56,6 +56,7 @@ fn workload(compiled: &Compiled, service: &str, number: u8, version: &str) -> Re
             mesh_port: 40_000 + u16::from(number),
             hop: Hop::Sheer1,
             ready: true,
+            at_address: false,
         }],
         address: IpAddr::from([192, 0, 2, number]),
         network: String::new(),

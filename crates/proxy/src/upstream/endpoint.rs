@@ -104,22 +104,39 @@ impl Table {
         }
     }
 
-    /// The endpoint that takes connections at this address, of any service in use.
+    /// The endpoint that takes connections at this address, of any service in use: where the application's own port is
+    /// one of the address, or at the proxy's door where only one port lies behind it. A workload in a network namespace
+    /// of its own has no other port at its host's address: what listens there is somebody else.
     pub fn at(&self, address: SocketAddr) -> Option<(ServiceName, Arc<Live>, LiveEndpoint)> {
-        self.cells.read().iter().find_map(|(service, cell)| {
-            let live = cell.load_full()?;
-            let found = live.ports.iter().flat_map(|(_, list)| list.iter()).find(|it| {
-                it.endpoint.address.ip() == address.ip()
-                    && (it.endpoint.address.port() == address.port() || it.endpoint.workload_port == address.port())
-            })?;
-            Some((service.clone(), live.clone(), found.clone()))
-        })
+        let mut at_the_door: Option<(ServiceName, Arc<Live>, LiveEndpoint)> = None;
+        let mut is_one = true;
+        for (service, cell) in self.cells.read().iter() {
+            let Some(live) = cell.load_full() else { continue };
+            for it in live.ports.iter().flat_map(|(_, list)| list.iter()) {
+                if it.endpoint.address.ip() != address.ip() {
+                    continue;
+                }
+                if it.endpoint.at_address && it.endpoint.workload_port == address.port() {
+                    return Some((service.clone(), live.clone(), it.clone()));
+                }
+                if it.endpoint.address.port() == address.port() {
+                    is_one &= at_the_door.as_ref().is_none_or(|(.., before)| is_same_port(before, it));
+                    at_the_door = Some((service.clone(), live.clone(), it.clone()));
+                }
+            }
+        }
+        at_the_door.filter(|_| is_one)
     }
 
     /// The cell of a service's endpoints; `None` when nobody has asked for them yet.
     pub fn get(&self, service: &ServiceName) -> Option<Arc<Cell>> {
         self.cells.read().get(service).cloned()
     }
+}
+
+fn is_same_port(one: &LiveEndpoint, other: &LiveEndpoint) -> bool {
+    let place = |it: &LiveEndpoint| (it.endpoint.workload.clone(), it.endpoint.workload_port);
+    place(one) == place(other)
 }
 
 fn key_of(endpoint: &Endpoint) -> Key {
@@ -233,7 +250,31 @@ mod tests {
             hop: Hop::Sheer1,
             health: Health::Healthy,
             weight: 1,
+            at_address: false,
         })
+    }
+
+    #[test]
+    fn only_what_listens_at_an_address_is_found_there() {
+        let (table, web) = (Table::default(), ServiceName::parse("web").unwrap());
+        let port_of = |port: u16| table.at(([127, 0, 0, 1], port).into()).map(|(.., it)| it.endpoint.workload_port);
+        let of = |door: u16, workload_port: u16, service_port: u16, at_address: bool| {
+            Arc::new(Endpoint { workload_port, service_port, at_address, ..Endpoint::clone(&endpoint(door)) })
+        };
+        // In a namespace of its own: 5432 of the host's address is somebody else's.
+        let own = vec![of(40_000, 5432, 5432, false), of(40_000, 5432, 80, false)];
+        table.set(&web, Arc::new(EndpointSet::new(vec![], own)));
+        assert_eq!((port_of(5432), port_of(40_000)), (None, Some(5432)));
+        // The door of several ports names none of them.
+        let own = vec![of(40_000, 5432, 5432, false), of(40_000, 8080, 80, false)];
+        table.set(&web, Arc::new(EndpointSet::new(vec![], own)));
+        assert_eq!((port_of(5432), port_of(8080), port_of(40_000)), (None, None, None));
+        // On the host's own network: the application's port is the address's.
+        let shared = vec![of(5432, 5432, 5432, true), of(40_001, 8080, 80, true), of(40_001, 8081, 81, true)];
+        table.set(&web, Arc::new(EndpointSet::new(vec![], shared)));
+        assert_eq!((port_of(5432), port_of(8080), port_of(8081)), (Some(5432), Some(8080), Some(8081)));
+        assert_eq!((port_of(40_001), port_of(80)), (None, None));
+        assert!(table.at(([127, 0, 0, 2], 5432).into()).is_none());
     }
 
     #[test]
