@@ -45,7 +45,7 @@ packages:
 	@scripts/packages test
 
 .PHONY: check
-check: fmt clippy doc boundaries deny ## Formatting, lints, documentation, crate boundaries, dependency policy
+check: fmt clippy doc boundaries guards-in-place deny ## Formatting, lints, documentation, crate boundaries, dependency policy
 
 .PHONY: fmt
 fmt: ## Formatting alone
@@ -62,6 +62,10 @@ doc: ## Documentation alone, to target/doc
 .PHONY: boundaries
 boundaries: ## Which crate may depend on what
 	@scripts/boundaries
+
+.PHONY: guards-in-place
+guards-in-place:
+	@scripts/guards --check
 
 .PHONY: deny
 deny: $(CARGO_DENY) ## Dependency policy (deny.toml) alone
@@ -81,6 +85,11 @@ unit: ## All tests of all crates
 end-to-end: ## The demonstration, started and judged from outside (as root, and as an ordinary user)
 	$(CARGO) build --locked -p sheer
 	@scripts/end-to-end $(TARGET)/debug/sheer
+
+.PHONY: guards
+guards: ## Switch safeguards off one at a time: a test must notice each (about 20 minutes)
+	@scripts/packages test
+	@scripts/guards $(ARGS)
 
 # Results are the release build's; PROFILE=quick for a working tree.
 PROFILE ?= release
