@@ -230,8 +230,18 @@ impl Edge {
 
     /// Counts bytes of bodies or connections: `sent` from source to destination, `received` the other way.
     pub fn bytes(&self, sent: u64, received: u64) {
-        self.bytes_sent.fetch_add(sent, Relaxed);
-        self.bytes_received.fetch_add(received, Relaxed);
+        // Most calls know one of the two; the other's cache line need not be written.
+        if sent > 0 {
+            self.bytes_sent.fetch_add(sent, Relaxed);
+        }
+        if received > 0 {
+            self.bytes_received.fetch_add(received, Relaxed);
+        }
+    }
+
+    /// Bytes counted so far: sent, received.
+    pub fn counted_bytes(&self) -> (u64, u64) {
+        (self.bytes_sent.load(Relaxed), self.bytes_received.load(Relaxed))
     }
 
     /// Counts a connection as opened. One [`Edge::closed`] must follow.

@@ -281,10 +281,10 @@ impl ConnectionRecord {
         edge.opened();
         let line = line.map(Box::new);
         Self {
+            counts: tcp::Counts::on(edge.clone()),
             edge,
             started: Instant::now(),
             waited: Duration::ZERO,
-            counts: tcp::Counts::default(),
             cause: None,
             line,
             forgotten: false,
@@ -317,7 +317,6 @@ impl Drop for ConnectionRecord {
         }
         self.edge.count(0, -1, self.cause);
         self.edge.latency(total, mesh);
-        self.edge.bytes(self.counts.sent.get(), self.counts.received.get());
         if let Some((log, mut line)) = self.line.take().map(|it| *it) {
             line.reason = self.cause.map(Cause::reason);
             line.bytes_sent = self.counts.sent.get();

@@ -5,11 +5,13 @@
 //! not take is kept.
 
 use crate::io::Io;
+use crate::metrics::Edge;
 use bytes::{Buf, Bytes};
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -28,6 +30,34 @@ pub struct Counts {
     pub sent: Cell<u64>,
     /// From the second to the first.
     pub received: Cell<u64>,
+    /// What counts them as they pass: a connection may last for months.
+    edge: Option<Arc<Edge>>,
+}
+
+impl Counts {
+    /// Bytes that count on an edge as they pass.
+    pub fn on(edge: Arc<Edge>) -> Self {
+        Self { edge: Some(edge), ..Self::default() }
+    }
+
+    fn add(&self, way: Way, count: usize) {
+        let count = count as u64;
+        let (total, sent, received) = match way {
+            Way::Out => (&self.sent, count, 0),
+            Way::Back => (&self.received, 0, count),
+        };
+        total.set(total.get() + count);
+        if let Some(edge) = &self.edge {
+            edge.bytes(sent, received);
+        }
+    }
+}
+
+/// Which way bytes go: from the first connection to the second, or the other way.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Out,
+    Back,
 }
 
 /// Copies until both sides have closed. What was already read from either side goes out first.
@@ -39,10 +69,10 @@ pub async fn relay(
     (far, read_far): (&mut Io, Bytes),
     counts: &Counts,
 ) -> io::Result<()> {
-    let (mut out, mut back) = (Direction::new(read_near), Direction::new(read_far));
+    let (mut out, mut back) = (Direction::new(Way::Out, read_near), Direction::new(Way::Back, read_far));
     let copied = poll_fn(|cx| {
-        let sent = out.poll(cx, near, far, &counts.sent)?;
-        let received = back.poll(cx, far, near, &counts.received)?;
+        let sent = out.poll(cx, near, far, counts)?;
+        let received = back.poll(cx, far, near, counts)?;
         match (sent, received) {
             (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(Ok::<(), io::Error>(())),
             _ => Poll::Pending,
@@ -66,6 +96,7 @@ pub fn reset(io: &Io) {
 
 /// One direction of a relay.
 struct Direction {
+    way: Way,
     /// Read and not yet taken by the other side.
     kept: Bytes,
     phase: Phase,
@@ -81,11 +112,11 @@ enum Phase {
 }
 
 impl Direction {
-    fn new(kept: Bytes) -> Self {
-        Self { kept, phase: Phase::Copying, unflushed: false }
+    fn new(way: Way, kept: Bytes) -> Self {
+        Self { way, kept, phase: Phase::Copying, unflushed: false }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io, count: &Cell<u64>) -> io::Result<Poll<()>> {
+    fn poll(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io, counts: &Counts) -> io::Result<Poll<()>> {
         loop {
             if !self.kept.is_empty() {
                 match Pin::new(&mut *to).poll_write(cx, &self.kept)? {
@@ -93,14 +124,14 @@ impl Direction {
                     Poll::Ready(written) => {
                         self.kept.advance(written);
                         self.unflushed = true;
-                        count.set(count.get() + written as u64);
+                        counts.add(self.way, written);
                         continue;
                     }
                     Poll::Pending => return Ok(Poll::Pending),
                 }
             }
             match self.phase {
-                Phase::Copying => match self.pass_on(cx, from, to, count)? {
+                Phase::Copying => match self.pass_on(cx, from, to, counts)? {
                     Poll::Ready(()) => {}
                     Poll::Pending => {
                         if self.unflushed && Pin::new(&mut *to).poll_flush(cx)?.is_ready() {
@@ -124,7 +155,7 @@ impl Direction {
     }
 
     /// Reads once and writes what was read, keeping what the other side does not take.
-    fn pass_on(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io, count: &Cell<u64>) -> io::Result<Poll<()>> {
+    fn pass_on(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io, counts: &Counts) -> io::Result<Poll<()>> {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut buffer = ReadBuf::new(scratch);
             if Pin::new(from).poll_read(cx, &mut buffer)?.is_pending() {
@@ -141,7 +172,7 @@ impl Direction {
                 Poll::Pending => 0,
             };
             self.unflushed = true;
-            count.set(count.get() + written as u64);
+            counts.add(self.way, written);
             self.kept = Bytes::copy_from_slice(&read[written..]);
             Ok(Poll::Ready(()))
         })
@@ -190,6 +221,28 @@ mod tests {
             echo.await.unwrap();
             relay.await.unwrap().unwrap();
             assert_eq!((counts.sent.get(), counts.received.get()), (5_000_006, 5_000_000));
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn bytes_count_on_the_edge_while_the_connection_lasts() {
+        let test = async {
+            let edge: Arc<Edge> = Arc::default();
+            let (mut client, near) = loopback().await;
+            let (far, mut server) = loopback().await;
+            let counts = Counts::on(edge.clone());
+            let relay = spawn_local(async move {
+                let (mut near, mut far) = (Io::tcp(near)?, Io::tcp(far)?);
+                relay((&mut near, Bytes::new()), (&mut far, Bytes::new()), &counts).await
+            });
+            client.write_all(b"question").await.unwrap();
+            server.read_exact(&mut [0; 8]).await.unwrap();
+            server.write_all(b"yes").await.unwrap();
+            client.read_exact(&mut [0; 3]).await.unwrap();
+            assert_eq!(edge.counted_bytes(), (8, 3));
+            assert!(!relay.is_finished());
+            relay.abort();
         };
         LocalSet::new().run_until(test).await;
     }
