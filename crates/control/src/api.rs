@@ -38,8 +38,16 @@ const MAX_BODY: usize = 8 << 20;
 const WINDOW_S: u64 = 60;
 
 /// The page may load from its own address alone, and nothing in a page of another may frame it.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; \
-                      form-action 'none'; frame-ancestors 'none'";
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
+                      base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// The page's own files: path, type, content.
+const PAGE: [(&str, &str, &str); 4] = [
+    ("/", "text/html; charset=utf-8", include_str!("api/view.html")),
+    ("/view.js", "text/javascript; charset=utf-8", include_str!("api/view.js")),
+    ("/view.css", "text/css; charset=utf-8", include_str!("api/view.css")),
+    ("/icon.svg", "image/svg+xml", include_str!("api/icon.svg")),
+];
 
 /// What all requests share.
 #[derive(Clone)]
@@ -50,11 +58,10 @@ pub(crate) struct Api {
 
 /// All paths.
 pub(crate) fn router(api: Api) -> axum::Router {
-    axum::Router::new()
-        .route("/", get(|| async { asset("text/html; charset=utf-8", include_str!("api/view.html")) }))
-        .route("/view.js", get(|| async { asset("text/javascript; charset=utf-8", include_str!("api/view.js")) }))
-        .route("/view.css", get(|| async { asset("text/css; charset=utf-8", include_str!("api/view.css")) }))
-        .route("/api/v1/session", post(session))
+    let page = PAGE.iter().fold(axum::Router::new(), |router, (path, kind, content)| {
+        router.route(path, get(|| async { ([(header::CONTENT_TYPE, *kind)], *content) }))
+    });
+    page.route("/api/v1/session", post(session))
         .route("/api/v1/version", get(version))
         .route("/api/v1/mesh", get(|State(api): State<Api>| async move { Json(status::mesh(&api.control)) }))
         .route("/api/v1/services", get(services))
@@ -73,10 +80,6 @@ pub(crate) fn router(api: Api) -> axum::Router {
         .layer(axum::middleware::from_fn_with_state(api.clone(), admit))
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(api)
-}
-
-fn asset(kind: &'static str, content: &'static str) -> Response {
-    ([(header::CONTENT_TYPE, kind)], content).into_response()
 }
 
 pub(crate) fn refuse(status: StatusCode, error: impl Into<String>, mend: impl Into<String>) -> Response {
@@ -113,7 +116,7 @@ fn refusal(api: &Api, caller: Option<&Caller>, request: &Request) -> Option<Resp
     }
     // The page's own files hold nothing of the mesh; a session begins with a code.
     let path = request.uri().path();
-    let open = matches!(path, "/" | "/view.js" | "/view.css") || path == "/api/v1/session";
+    let open = PAGE.iter().any(|(own, ..)| path == *own) || path == "/api/v1/session";
     let reads = request.method() == Method::GET && path != "/api/v1/backup";
     let needed = if open {
         Level::Nobody
@@ -329,4 +332,70 @@ async fn session(State(api): State<Api>, headers: HeaderMap, bytes: bytes::Bytes
         }
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+    use sheer_core::api;
+
+    /// The page stands alone: it works without a way to the internet, and what workloads are called cannot become markup.
+    #[test]
+    fn the_page_loads_nothing_of_others_and_makes_no_markup() {
+        for (path, _, content) in PAGE {
+            let own =
+                content.replace("http://www.w3.org/2000/svg", "").replace("http://api/", "").replace("http://${", "");
+            for foreign in ["http://", "https://", "url(", "@import"] {
+                assert!(!own.contains(foreign), "{path} has {foreign}");
+            }
+        }
+        let [(_, _, html), (_, _, script), ..] = PAGE;
+        for way in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("] {
+            assert!(!script.contains(way), "view.js uses {way}");
+        }
+        // The policy forbids both, so they would be dead.
+        assert!(!html.contains("style=") && !html.contains(" onclick"));
+        let named = |attribute: &str| {
+            let parts = html.split(attribute).skip(1).filter_map(|rest| rest.split('"').next());
+            parts.map(str::to_owned).collect::<Vec<_>>()
+        };
+        for file in [named("src=\""), named("href=\"")].concat() {
+            assert!(PAGE.iter().any(|(path, ..)| *path == file), "view.html wants {file}");
+        }
+    }
+
+    /// Every field that the page reads is one that the API writes.
+    #[test]
+    fn the_page_reads_what_the_api_writes() {
+        let value = |it: Result<Value, serde_json::Error>| it.expect("JSON");
+        let known = [
+            ("mesh", value(serde_json::to_value(api::MeshView::default()))),
+            ("edges", value(serde_json::to_value(api::Edges::default()))),
+            ("edge", value(serde_json::to_value(api::EdgeRow::default()))),
+            ("figures", value(serde_json::to_value(api::Figures::default()))),
+            ("edge.window", value(serde_json::to_value(api::Figures::default()))),
+            ("edge.total", value(serde_json::to_value(api::Figures::default()))),
+            ("outcome", value(serde_json::to_value(api::Outcome::default()))),
+            ("service", value(serde_json::to_value(api::ServiceView::default()))),
+            ("workload", value(serde_json::to_value(api::WorkloadView::default()))),
+            ("port", value(serde_json::to_value(api::PortView::default()))),
+            ("check", value(serde_json::to_value(api::Check::default()))),
+            ("finding", value(serde_json::to_value(api::Finding::default()))),
+        ];
+        let (_, _, script) = PAGE[1];
+        let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        let mut read = 0;
+        for (name, fields) in &known {
+            for (at, _) in script.match_indices(&format!("{name}.")) {
+                let inside = script[..at].ends_with(|c: char| word(c) || matches!(c, '.' | '/' | '"'));
+                let field: String = script[at + name.len() + 1..].chars().take_while(|c| word(*c)).collect();
+                if !inside && !field.is_empty() {
+                    assert!(fields.get(&field).is_some(), "view.js reads {name}.{field}");
+                    read += 1;
+                }
+            }
+        }
+        assert!(read > 50, "{read}: the names in view.js have changed");
+    }
 }

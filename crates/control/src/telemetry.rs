@@ -7,6 +7,7 @@
 use crate::clock::Clock;
 use parking_lot::Mutex;
 use sheer_core::api::{EdgeRow, Edges, Figures, Outcome, Stat, StatRow};
+use sheer_core::cause::Cause;
 use sheer_core::histogram::quantile_s;
 use sheer_core::wire::v1::edge::Side;
 use sheer_core::wire::v1::{Edge, Telemetry as Report};
@@ -42,6 +43,7 @@ struct Key {
 #[derive(Clone, Debug, Default)]
 struct Sums {
     responses: BTreeMap<(u32, i32, String), u64>,
+    plaintext: u64,
     latency: BTreeMap<u32, u64>,
     mesh_s: f64,
     bytes_sent: u64,
@@ -60,6 +62,9 @@ impl Sums {
         };
         for response in edge.responses.iter().take(200) {
             let reason = response.reason.chars().filter(|c| !c.is_control()).take(40).collect();
+            if !edge.mtls && travelled(edge.side(), &response.reason) {
+                sums.plaintext += response.count;
+            }
             *sums.responses.entry((response.status, response.grpc_status, reason)).or_default() += response.count;
         }
         let buckets = u32::try_from(sheer_core::histogram::BUCKETS).unwrap_or(u32::MAX);
@@ -79,6 +84,7 @@ impl Sums {
                 .map(|(key, now)| (key.clone(), grown(*now, before.responses.get(key))))
                 .filter(|(_, count)| *count > 0)
                 .collect(),
+            plaintext: self.plaintext.saturating_sub(before.plaintext),
             latency: self
                 .latency
                 .iter()
@@ -97,6 +103,7 @@ impl Sums {
             let sum = self.responses.entry(key.clone()).or_default();
             *sum = sum.saturating_add(*count);
         }
+        self.plaintext = self.plaintext.saturating_add(other.plaintext);
         for (index, count) in &other.latency {
             let sum = self.latency.entry(*index).or_default();
             *sum = sum.saturating_add(*count);
@@ -139,6 +146,7 @@ impl Sums {
         Figures {
             requests,
             failures,
+            plaintext: self.plaintext,
             success_rate: (requests > 0).then(|| (requests - failures) as f64 / requests as f64),
             rps: if seconds == 0 { 0.0 } else { requests as f64 / seconds as f64 },
             p50_s: quantile_s(&counts, 0.50),
@@ -161,6 +169,12 @@ pub(crate) fn is_failure(status: u32, grpc: i32, reason: &str) -> bool {
         return reason != "client-gone";
     }
     status >= 500 || matches!(grpc, 2 | 4 | 12 | 13 | 14 | 15)
+}
+
+/// Whether a request with this reason was sent from one service to the other. What arrived has travelled, and what failed
+/// at its caller before it was sent has not.
+fn travelled(side: Side, reason: &str) -> bool {
+    side != Side::Outbound || !Cause::parse(reason).is_some_and(Cause::before_sending)
 }
 
 #[derive(Default)]
@@ -283,7 +297,7 @@ impl Telemetry {
             service: service.to_owned(),
             ready: 0,
             workloads: 0,
-            mtls: (total.requests() > 0).then(|| mtls as f64 / total.requests() as f64),
+            mtls: (mtls + total.plaintext > 0).then(|| mtls as f64 / (mtls + total.plaintext) as f64),
             window: recent.figures(window.seconds, open),
             total: total.figures(window.since_start, open),
         });
@@ -464,6 +478,21 @@ mod tests {
         assert_eq!(stat.rows[0].total.failures, 2);
         assert_eq!(telemetry.edges(None, 60, View::All, &clock).rows.len(), 3);
         assert!(telemetry.edges(Some("other"), 60, View::All, &clock).rows.is_empty());
+    }
+
+    #[test]
+    fn what_was_never_sent_is_not_plaintext() {
+        let (telemetry, clock) = (Telemetry::default(), Clock::default());
+        let encrypted = edge(Side::Outbound, 10, 0);
+        // Nobody listened there: ten requests went out in plaintext, two failed before they went.
+        let plain = Edge { mtls: false, ..edge(Side::Outbound, 10, 2) };
+        telemetry.take("web", report(&clock, vec![encrypted, plain]), &clock);
+        let edges = telemetry.edges(None, 60, View::Best, &clock);
+        let plaintext: Vec<_> = edges.rows.iter().map(|row| (row.mtls, row.window.plaintext)).collect();
+        assert_eq!(plaintext, [(false, 10), (true, 0)]);
+        assert_eq!(telemetry.stat(None, 60, &clock).rows[0].mtls, Some(0.5));
+        // At the destination the same reason means its application: the request had arrived.
+        assert!(travelled(Side::Inbound, "connect-refused") && !travelled(Side::Outbound, "connect-refused"));
     }
 
     #[test]

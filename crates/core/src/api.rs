@@ -397,6 +397,9 @@ pub struct Figures {
     pub requests: u64,
     /// Of them, those that failed: a reason of the mesh, a 5xx status, or a gRPC status that is an error of the server.
     pub failures: u64,
+    /// Of them, those that travelled in plaintext; what failed before it was sent did not travel.
+    #[serde(default)]
+    pub plaintext: u64,
     /// The share that succeeded, 0 to 1; none without requests.
     pub success_rate: Option<f64>,
     /// Requests a second.
@@ -452,7 +455,7 @@ pub struct StatRow {
     pub ready: usize,
     /// Workloads that answer for it.
     pub workloads: usize,
-    /// The share of requests that came by mutual TLS, 0 to 1; none without requests.
+    /// The share by mutual TLS of the requests that travelled, 0 to 1; none without any.
     pub mtls: Option<f64>,
     /// Over the window.
     pub window: Figures,
@@ -484,7 +487,7 @@ pub struct EdgeRow {
     pub route: String,
     /// `http1`, `http2`, `grpc` or `tcp`.
     pub protocol: String,
-    /// Whether it was mutual TLS.
+    /// Whether it was mutual TLS. Where it was not, `plaintext` says how much travelled so.
     pub mtls: bool,
     /// Over the window.
     pub window: Figures,

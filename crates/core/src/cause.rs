@@ -112,6 +112,42 @@ causes! {
     ResponseTruncated => "response-truncated", BAD_GATEWAY, 14, Upstream;
 }
 
+impl Cause {
+    /// Whether a request that a caller's proxy failed for this cause never left the caller's host, so that it was neither
+    /// encrypted nor in plaintext. No `_` arm: a new cause has to be judged.
+    pub const fn before_sending(self) -> bool {
+        match self {
+            Cause::BadRequest
+            | Cause::HeadTooLarge
+            | Cause::HeadTimeout
+            | Cause::UnknownDestination
+            | Cause::DestinationForbidden
+            | Cause::UnknownPort
+            | Cause::NoRoute
+            | Cause::NoBackend
+            | Cause::NoEndpoint
+            | Cause::ControlPlaneAway
+            | Cause::Draining
+            | Cause::Overloaded
+            | Cause::Loop
+            | Cause::NoIdentity
+            | Cause::IdentityMismatch
+            | Cause::TlsFailed
+            | Cause::ConnectRefused
+            | Cause::ConnectTimeout
+            | Cause::ConnectFailed => true,
+            Cause::ClientGone
+            | Cause::PlaintextRefused
+            | Cause::PeerUntrusted
+            | Cause::PortNotDeclared
+            | Cause::Deadline
+            | Cause::UpstreamReset
+            | Cause::BadResponse
+            | Cause::ResponseTruncated => false,
+        }
+    }
+}
+
 impl std::fmt::Display for Cause {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.reason())

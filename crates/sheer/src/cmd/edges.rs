@@ -99,7 +99,18 @@ pub(crate) fn table(rows: &[EdgeRow], detail: Detail) -> Columns {
             cells.extend([row.side.clone(), row.route.clone(), row.protocol.clone()]);
         }
         cells.extend(stat::figures(&row.window));
-        cells.push(if row.mtls { "yes" } else { "no" }.to_owned());
+        // What failed before it was sent travelled neither way.
+        let plain = row.total.plaintext > 0 || row.total.connections_open > 0;
+        cells.push(
+            if row.mtls {
+                "yes"
+            } else if plain {
+                "no"
+            } else {
+                ""
+            }
+            .to_owned(),
+        );
         cells.extend([bytes(row.window.bytes_sent), bytes(row.window.bytes_received), row.total.requests.to_string()]);
         cells.push(outcomes(&row.total.responses, full));
         columns.row(cells);
