@@ -66,31 +66,30 @@ fn wrong_documents_change_nothing_and_are_explained() -> Result<()> {
 
     let huge = service(&"a".repeat(1 << 20), "ports: [{port: 80}]");
     let wrong: [(&str, String, &[&str]); 7] = [
-        ("type", service("x", "ports: [{port: eighty}]"), &["wrong.yaml:4", "spec.ports[0].port", "expected a number"]),
-        ("field", service("x", "prots: [{port: 80}]"), &["wrong.yaml:4", "spec.prots", "did you mean 'ports'?"]),
+        ("type", service("x", "ports: [{port: eighty}]"), &["web.yaml:4", "spec.ports[0].port", "expected a number"]),
+        ("field", service("x", "prots: [{port: 80}]"), &["web.yaml:4", "spec.prots", "did you mean 'ports'?"]),
         (
             "twice",
             format!("{0}---\n{0}", service("x", "ports: [{port: 80}]")),
-            &["wrong.yaml:8", "a second Service default/x", "wrong.yaml:3"],
+            &["web.yaml:8", "a second Service default/x", "web.yaml:3"],
         ),
-        ("huge", huge, &["wrong.yaml:3", "metadata.name", "1048576 bytes", "1 to 63"]),
+        ("huge", huge, &["web.yaml:3", "metadata.name", "1048576 bytes", "1 to 63"]),
         (
             "kind",
             service("x", "ports: [{port: 80}]").replace("Service", "Servce"),
-            &["wrong.yaml:2", "Servce", "Service"],
+            &["web.yaml:2", "Servce", "Service"],
         ),
-        ("binary", "\u{1}\u{2}: [".to_owned(), &["wrong.yaml:", "no YAML"]),
-        ("port", service("x", "ports: [{port: 70000}]"), &["wrong.yaml:4", "spec.ports[0].port", "65535"]),
+        ("binary", "\u{1}\u{2}: [".to_owned(), &["web.yaml:", "no YAML"]),
+        ("port", service("x", "ports: [{port: 70000}]"), &["web.yaml:4", "spec.ports[0].port", "65535"]),
     ];
     for (name, text, said) in wrong {
         // Together with a good change, which must wait for the wrong one to be mended.
-        control.write("web.yaml", &answers_as("new"))?;
-        control.write("wrong.yaml", &text)?;
+        control.write("web.yaml", &format!("{text}\n---\n{}", answers_as("new")))?;
         says(&control, said).with_context(|| name.to_owned())?;
-        control.write("web.yaml", &answers_as("old"))?;
-        fs::remove_file(files.join("wrong.yaml"))?;
-        healthy(&control)?;
+        still_old().with_context(|| name.to_owned())?;
     }
+    control.write("web.yaml", &answers_as("old"))?;
+    healthy(&control)?;
     still_old()?;
 
     // Written in place, and the writer has stopped in the middle.

@@ -247,6 +247,31 @@ async fn a_bad_resource_is_refused_alone() {
 }
 
 #[tokio::test]
+async fn the_one_before_a_refused_resource_stays_in_force() {
+    let scene = Scene::new();
+    scene.fake.put(pack(&endpoints("api", 4000)));
+    scene.fake.put(pack(&routes("api", &[])));
+    let _running = scene.serve();
+    let mut proxy = scene.proxy();
+    proxy.is_ready().await;
+    proxy.demand.first_use(&name("api")).await.unwrap();
+    scene.fake.put(pack(&v1::Service { requires: vec!["teleport".into()], ..service("api", 9) }));
+    scene.fake.put(pack(&v1::Endpoints { requires: vec!["teleport".into()], ..endpoints("api", 4001) }));
+    scene.fake.put(pack(&routes("api", &["teleport"])));
+    // What comes after them is applied.
+    scene.fake.put(pack(&service("later", 5)));
+    until(|| proxy.outputs.snapshot.load().service_named("later").is_some()).await;
+    until(|| proxy.outputs.metrics.exposition().contains("sheer_resources_refused_total 3")).await;
+    let snapshot = proxy.outputs.snapshot.load_full();
+    let api = snapshot.service_named("api").expect("the service stays");
+    assert!(snapshot.service_at(std::net::IpAddr::from([240, 0, 0, 1])).is_some_and(|it| it.name == api.name));
+    assert_eq!(proxy.port_of("api"), Some(4000));
+    let head = sheer_core::head::RequestHead::new(http::Method::GET, sheer_core::head::Version::Http11, "api", "/");
+    let sheer_core::route::Verdict::Rule(rule) = snapshot.route(api, 80, &head) else { panic!("the routes stay") };
+    assert_eq!(rule.backend(0).map(|it| it.service.to_string()), Ok("default/canary".to_owned()));
+}
+
+#[tokio::test]
 async fn a_proxy_starts_from_disk_without_a_control_plane() {
     let scene = Scene::new();
     scene.fake.put(pack(&endpoints("api", 4000)));
