@@ -8,4 +8,5 @@ pub mod mesh;
 pub mod net;
 pub mod program;
 pub mod shop;
+pub mod unit;
 pub mod wait;

@@ -5,6 +5,7 @@ use crate::program::{Program, run, sheer};
 use crate::wait;
 use anyhow::{Context, Result, ensure};
 use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -115,26 +116,80 @@ impl<'a> Control<'a> {
     }
 }
 
-/// A workload to run on a host beside the mesh.
-pub struct Workload<'a> {
-    command: Command,
-    name: String,
-    home: &'a Path,
+/// Somebody without any privilege on a host, with a home directory.
+pub struct Person<'a> {
+    host: &'a Host,
+    /// The home directory.
+    pub home: PathBuf,
 }
 
-impl<'a> Workload<'a> {
+impl<'a> Person<'a> {
+    /// The user `nobody`, with a home and a runtime directory of its own below `home`.
+    ///
+    /// # Errors
+    /// When the directories cannot be made.
+    pub fn new(host: &'a Host, home: &Path) -> Result<Self> {
+        let home = home.join("person");
+        for directory in [&home, &home.join("run")] {
+            std::fs::create_dir_all(directory)?;
+            std::os::unix::fs::chown(directory, Some(Self::ID), Some(Self::ID))?;
+        }
+        std::fs::set_permissions(home.join("run"), PermissionsExt::from_mode(0o700))?;
+        Ok(Self { host, home })
+    }
+
+    /// The user and group id.
+    pub const ID: u32 = 65534;
+
+    /// A command that will run as this user on its host.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = self.host.command("setpriv");
+        command.args([format!("--reuid={}", Self::ID), format!("--regid={}", Self::ID), "--clear-groups".into()]);
+        // The signal of the parent's death is forgotten when the user changes.
+        command.args(["--", "setpriv", "--pdeathsig", "KILL", "--", "env", "-i"]);
+        command.arg(format!("PATH={}", std::env::var("PATH").unwrap_or_default()));
+        command.arg(format!("HOME={}", self.home.display()));
+        command.arg(format!("XDG_RUNTIME_DIR={}", self.home.join("run").display()));
+        command.arg(program);
+        command
+    }
+}
+
+/// A workload to run on a host beside the mesh.
+pub struct Workload {
+    command: Command,
+    name: String,
+    home: PathBuf,
+}
+
+impl Workload {
     /// `sheer run SERVICE` on a host, with its files below `home`.
     ///
     /// # Errors
     /// When there is no binary.
-    pub fn new(host: &Host, service: &str, home: &'a Path) -> Result<Self> {
-        Self::as_command(host, &["run", service], service, home)
+    pub fn new(host: &Host, service: &str, home: &Path) -> Result<Self> {
+        Ok(Self::by(host.command(sheer()?), "run", service, home))
     }
 
-    fn as_command(host: &Host, verb: &[&str], service: &str, home: &'a Path) -> Result<Self> {
-        let mut command = host.command(sheer()?);
-        command.args(verb);
-        Ok(Self { command, name: service.replace('/', "-"), home })
+    /// `sheer run SERVICE` without any privilege.
+    ///
+    /// # Errors
+    /// When there is no binary.
+    pub fn of_person(person: &Person<'_>, service: &str) -> Result<Self> {
+        Ok(Self::by(person.command(sheer()?), "run", service, &person.home))
+    }
+
+    /// `sheer proxy SERVICE` on a host: beside what runs there already.
+    ///
+    /// # Errors
+    /// When there is no binary.
+    pub fn beside(host: &Host, service: &str, home: &Path) -> Result<Self> {
+        Ok(Self::by(host.command(sheer()?), "proxy", service, home))
+    }
+
+    fn by(mut sheer: Command, verb: &str, service: &str, home: &Path) -> Self {
+        sheer.args([verb, service]);
+        Self { command: sheer, name: service.replace('/', "-"), home: home.to_owned() }
     }
 
     /// More flags.
@@ -163,6 +218,16 @@ impl<'a> Workload<'a> {
     /// When it cannot be started.
     pub fn start(mut self, command: &[&str]) -> Result<Program> {
         self.command.arg("--").args(command);
-        Program::start(&self.name, self.home, &mut self.command)
+        Program::start(&self.name, &self.home, &mut self.command)
+    }
+
+    /// Starts the proxy of what runs already, and waits until it is ready.
+    ///
+    /// # Errors
+    /// With what it printed, when it cannot be started.
+    pub fn adopt(mut self) -> Result<Program> {
+        let mut program = Program::start(&format!("{}-proxy", self.name), &self.home, &mut self.command)?;
+        program.prints("is ready", PATIENCE)?;
+        Ok(program)
     }
 }

@@ -13,7 +13,7 @@ use std::cell::Cell;
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -29,10 +29,12 @@ pub struct Net {
 
 static TURN: Mutex<()> = Mutex::new(());
 
-/// A host with an address. It ends when this is dropped.
+/// A host, or a container of one, with an address. It ends when this is dropped.
 pub struct Host {
     holder: Holder,
+    /// Of the link between the host and the router.
     number: u8,
+    address: Ipv4Addr,
 }
 
 /// A process that holds namespaces.
@@ -60,8 +62,7 @@ impl Net {
     /// # Errors
     /// When its namespaces or its link cannot be made.
     pub fn host(&self, name: &str) -> Result<Host> {
-        let number = self.hosts.get() + 1;
-        self.hosts.set(number);
+        let number = self.next();
         let holder = Holder::start(name)?;
         let (near, pid) = (format!("r{number}"), holder.0.id().to_string());
         let (gateway, address) = (format!("10.91.{number}.1"), format!("10.91.{number}.2/24"));
@@ -71,7 +72,33 @@ impl Net {
         holder.run(&["ip", "addr", "add", &address, "dev", "eth0"])?;
         holder.run(&["ip", "link", "set", "eth0", "up"])?;
         holder.run(&["ip", "route", "add", "default", "via", &gateway])?;
-        Ok(Host { holder, number })
+        Ok(Host { holder, number, address: Ipv4Addr::new(10, 91, number, 2) })
+    }
+
+    /// Adds a container to a host: a network of its own with the address 10.92.N.2, to which the host forwards.
+    ///
+    /// # Errors
+    /// When its namespaces or its link cannot be made.
+    pub fn container(&self, host: &Host, name: &str) -> Result<Host> {
+        let number = self.next();
+        let holder = Holder::start(name)?;
+        let (near, pid) = (format!("c{number}"), holder.0.id().to_string());
+        let (gateway, address) = (format!("10.92.{number}.1"), format!("10.92.{number}.2/24"));
+        host.holder.run(&["sysctl", "-qw", "net.ipv4.ip_forward=1"])?;
+        host.holder.run(&["ip", "link", "add", &near, "type", "veth", "peer", "name", "eth0", "netns", &pid])?;
+        host.holder.run(&["ip", "addr", "add", &format!("{gateway}/24"), "dev", &near])?;
+        host.holder.run(&["ip", "link", "set", &near, "up"])?;
+        holder.run(&["ip", "addr", "add", &address, "dev", "eth0"])?;
+        holder.run(&["ip", "link", "set", "eth0", "up"])?;
+        holder.run(&["ip", "route", "add", "default", "via", &gateway])?;
+        let network = format!("10.92.{number}.0/24");
+        self.router.run(&["ip", "route", "add", &network, "via", &host.address.to_string()])?;
+        Ok(Host { holder, number: host.number, address: Ipv4Addr::new(10, 92, number, 2) })
+    }
+
+    fn next(&self) -> u8 {
+        self.hosts.set(self.hosts.get() + 1);
+        self.hosts.get()
     }
 
     /// Drops every packet between two hosts, without telling either.
@@ -120,7 +147,12 @@ impl Net {
 impl Host {
     /// Its address, which the other hosts reach.
     pub fn address(&self) -> Ipv4Addr {
-        Ipv4Addr::new(10, 91, self.number, 2)
+        self.address
+    }
+
+    /// A path of this host's own directories, as the test finds it.
+    pub fn path(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.holder.0.id()))
     }
 
     /// A command that will run on this host.

@@ -128,7 +128,7 @@ fn idle(host: &Host, control: &Control<'_>, home: &Path, service: &str) -> Resul
     Ok(program)
 }
 
-fn joined<'a>(workload: Workload<'a>, host: &Host, control: &Control<'_>, account: &str) -> Result<Workload<'a>> {
+fn joined(workload: Workload, host: &Host, control: &Control<'_>, account: &str) -> Result<Workload> {
     if host.address() == control.host.address() {
         return Ok(workload);
     }
