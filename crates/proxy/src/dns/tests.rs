@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 
 fn zone() -> Arc<ArcSwap<Zone>> {
     let services = [service("default/api", &["api.example.com"], &["240.0.0.1", "fd00::1"])];
-    Arc::new(ArcSwap::from_pointee(Zone::new("mesh.internal", &services)))
+    Arc::new(ArcSwap::from_pointee(Zone::new("mesh.internal", "default", &services)))
 }
 
 fn server(resolvers: Vec<SocketAddr>) -> Arc<Server> {

@@ -8,6 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 #[derive(Debug, Default)]
 pub struct Zone {
     domain: String,
+    /// The namespace of the workload that asks.
+    namespace: String,
     hosts: HashMap<Box<str>, Addresses>,
     /// Names under the domain that only have names below them.
     branches: HashSet<Box<str>>,
@@ -36,11 +38,11 @@ pub enum Lookup<'a> {
 }
 
 impl Zone {
-    /// The names of these services in a mesh whose names end in `domain`. Where two services claim a host name, the
-    /// first by namespace and name has it.
-    pub fn new<'a>(domain: &str, services: impl IntoIterator<Item = &'a Service>) -> Self {
+    /// The names of these services in a mesh whose names end in `domain`, for a workload of `namespace`. Where two
+    /// services claim a host name, the first by namespace and name has it.
+    pub fn new<'a>(domain: &str, namespace: &str, services: impl IntoIterator<Item = &'a Service>) -> Self {
         let domain = domain.trim_end_matches('.').to_ascii_lowercase();
-        let mut zone = Self { domain, ..Self::default() };
+        let mut zone = Self { domain, namespace: namespace.to_owned(), ..Self::default() };
         let mut services: Vec<_> = services.into_iter().collect();
         services.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         for service in services {
@@ -84,9 +86,22 @@ impl Zone {
             return Lookup::Missing;
         }
         if !self.is_under_domain(name) {
-            return Lookup::Foreign;
+            let full = self.in_full(name).and_then(|full| self.hosts.get(full.as_str()));
+            return full.map_or(Lookup::Foreign, Lookup::Found);
         }
         if self.branches.contains(name) { Lookup::Branch } else { Lookup::Missing }
+    }
+
+    /// What a short name means: `service`, `service.namespace` or `service.namespace.svc`. Where resolv.conf is the
+    /// mesh's own its search list asks for the full name; where it is the host's, the short one is all that is asked.
+    fn in_full(&self, name: &str) -> Option<String> {
+        let front = name.strip_suffix(".svc").unwrap_or(name);
+        match front.split('.').count() {
+            _ if self.domain.is_empty() => None,
+            1 if front == name => Some(format!("{name}.{}.svc.{}", self.namespace, self.domain)),
+            2 => Some(format!("{front}.svc.{}", self.domain)),
+            _ => None,
+        }
     }
 
     fn is_under_domain(&self, name: &str) -> bool {
@@ -138,7 +153,7 @@ pub(crate) mod tests {
             service("default/api", &["api.example.com"], &["240.0.0.1", "fd00::1"]),
             service("shop/cart", &[], &["240.0.0.2"]),
         ];
-        let zone = Zone::new("Mesh.Internal.", &services);
+        let zone = Zone::new("Mesh.Internal.", "default", &services);
         let api = Addresses { v4: vec![Ipv4Addr::new(240, 0, 0, 1)], v6: vec!["fd00::1".parse().unwrap()] };
         let cart = Addresses { v4: vec![Ipv4Addr::new(240, 0, 0, 2)], v6: vec![] };
         for (name, expected) in [
@@ -153,6 +168,12 @@ pub(crate) mod tests {
             ("other.mesh.internal", Lookup::Missing),
             ("notmesh.internal", Lookup::Foreign),
             ("internal", Lookup::Foreign),
+            ("api", Lookup::Found(&api)),
+            ("api.default", Lookup::Found(&api)),
+            ("api.default.svc", Lookup::Found(&api)),
+            ("cart.shop", Lookup::Found(&cart)),
+            ("cart", Lookup::Foreign),
+            ("api.svc", Lookup::Foreign),
             ("example.com", Lookup::Foreign),
             ("", Lookup::Foreign),
         ] {
@@ -170,7 +191,7 @@ pub(crate) mod tests {
     fn the_first_claimant_of_a_host_name_has_it() {
         let services =
             [service("b/x", &["shared.example"], &["240.0.0.2"]), service("a/x", &["shared.example"], &["240.0.0.1"])];
-        let zone = Zone::new("mesh.internal", &services);
+        let zone = Zone::new("mesh.internal", "default", &services);
         let first = Addresses { v4: vec![Ipv4Addr::new(240, 0, 0, 1)], v6: vec![] };
         assert_eq!(zone.lookup("shared.example"), Lookup::Found(&first));
     }

@@ -202,7 +202,7 @@ impl View {
     fn publish(&mut self, names: bool) {
         if names {
             let services = self.snapshot.services().map(|service| &**service);
-            let zone = Zone::new(&self.snapshot.mesh().cluster_domain, services);
+            let zone = Zone::new(&self.snapshot.mesh().cluster_domain, self.snapshot.namespace().as_str(), services);
             self.outputs.zone.store(Arc::new(zone));
         }
         self.outputs.snapshot.store(Arc::new(self.snapshot.clone()));
