@@ -161,6 +161,13 @@ impl Shared<'_> {
 "
             )
         };
+        // The mesh's own answers come from sockets that the supervisor made, as another user than the proxy.
+        let answers = self.dns.map_or_else(String::new, |port| {
+            format!(
+                "    ip saddr 127.0.0.1 udp sport {port} accept\n\
+                 \x20   ip6 saddr ::1 udp sport {port} accept\n"
+            )
+        });
         let udp_verdict = match self.other_udp {
             OtherUdp::Count => "",
             OtherUdp::Refuse => " reject with icmpx type port-unreachable",
@@ -184,7 +191,7 @@ impl Shared<'_> {
     ip daddr 127.0.0.0/8 accept
     ip6 daddr ::1 accept
     udp dport 53 accept
-    {whose}meta l4proto udp counter name other_udp{udp_verdict}
+{answers}    {whose}meta l4proto udp counter name other_udp{udp_verdict}
   }}
 }}
 "
@@ -246,6 +253,9 @@ mod tests {
         assert!(own < position(&rules, "redirect to :15001"));
         assert!(position(&rules, "meta skuid 64764 ip saddr 127.0.0.6 accept") < rules.rfind(":15006").unwrap());
         assert!(rules.contains("socket cgroupv2 level 2 \"system.slice/web.service\" meta l4proto tcp"));
+        assert!(
+            position(&rules, "udp sport 15053 accept") < position(&rules, "meta l4proto udp counter name other_udp")
+        );
     }
 
     #[test]
