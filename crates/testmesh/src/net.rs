@@ -150,6 +150,11 @@ impl Host {
         self.address
     }
 
+    /// The process that holds its namespaces.
+    pub fn pid(&self) -> u32 {
+        self.holder.0.id()
+    }
+
     /// A path of this host's own directories, as the test finds it.
     pub fn path(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{path}", self.holder.0.id()))

@@ -130,8 +130,13 @@ impl Drop for Program {
         let tail: Vec<&str> = output.lines().rev().take(15).collect();
         eprintln!("--- {} printed, at last:", self.name);
         tail.iter().rev().for_each(|line| eprintln!("{}", line.chars().take(400).collect::<String>()));
+        // The second one spares the mesh's time for leaving in order.
         let _ = kill(self.pid(), Signal::SIGTERM);
-        let ended = self.wait(Duration::from_secs(2)).is_ok();
+        let mut ended = self.wait(Duration::from_millis(100)).is_ok();
+        if !ended {
+            let _ = kill(self.pid(), Signal::SIGTERM);
+            ended = self.wait(Duration::from_secs(2)).is_ok();
+        }
         let _ = killpg(self.pid(), Signal::SIGKILL);
         if !ended {
             let _ = self.child.wait();

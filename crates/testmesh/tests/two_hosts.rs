@@ -1,14 +1,15 @@
 //! Two hosts that share nothing but a route, and a control plane on a third.
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use sheer_testmesh::mesh::{Control, PATIENCE, Person, Workload};
 use sheer_testmesh::net::{Host, Net};
 use sheer_testmesh::program::{Program, run, sheer};
 use sheer_testmesh::shop;
 use sheer_testmesh::unit::{Unit, Units};
 use sheer_testmesh::wait;
-use serde_json::Value;
-use std::path::PathBuf;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The ways to capture, as workloads are named after them, and the port that each one's application listens on: those
@@ -34,7 +35,7 @@ struct Resident<'a> {
 }
 
 /// Workloads of all captures on both hosts call each other, and themselves: 144 calls, each of them answered, and none of
-/// them without mutual TLS between the identities that were meant.
+/// them without mutual TLS between the identities that were meant. What cannot be carried does not leave.
 #[test]
 fn workloads_of_every_capture_call_each_other() -> Result<()> {
     let net = Net::new()?;
@@ -66,7 +67,7 @@ fn workloads_of_every_capture_call_each_other() -> Result<()> {
             _ => format!("http://{service}/probe/healthy"),
         });
         let mut curl = side.command(capture, resident, "curl")?;
-        curl.args(["-sS", "--max-time", "10", "-w", "%{http_code} %header{x-version}\\n"]);
+        curl.args(["-sS", "--fail-early", "--max-time", "10", "-w", "%{http_code} %header{x-version}\\n"]);
         for url in urls {
             curl.args(["-o", "/dev/null", &url]);
         }
@@ -74,7 +75,8 @@ fn workloads_of_every_capture_call_each_other() -> Result<()> {
         let wanted: Vec<String> = services.iter().map(|service| format!("200 {service}")).collect();
         ensure!(answers.lines().eq(wanted.iter().map(String::as_str)), "{} heard\n{answers}", resident.service);
     }
-    all_were_authenticated(&control, &services)
+    all_were_authenticated(&control, &services)?;
+    residents.iter().try_for_each(|(side, capture, resident)| side.refuses_udp(capture, resident, center.address()))
 }
 
 /// Whether each service was called by each, over mutual TLS by the caller's identity, and by nobody else.
@@ -85,7 +87,8 @@ fn all_were_authenticated(control: &Control<'_>, services: &[String]) -> Result<
         for destination in services {
             for source in services {
                 let is_it = |edge: &&Value| {
-                    edge["source"] == format!("default/{source}") && edge["destination"] == format!("default/{destination}")
+                    edge["source"] == format!("default/{source}")
+                        && edge["destination"] == format!("default/{destination}")
                 };
                 let edge = edges.iter().find(is_it).with_context(|| format!("no edge {source} -> {destination}"))?;
                 ensure!(edge["mtls"] == true && edge["total"]["requests"] == 1, "{edge}");
@@ -119,13 +122,7 @@ impl<'a> Side<'a> {
     }
 
     /// Starts a workload as its users would, in this capture.
-    fn start(
-        &self,
-        control: &Control<'_>,
-        capture: &str,
-        port: &str,
-        services: &[String],
-    ) -> Result<Resident<'a>> {
+    fn start(&self, control: &Control<'_>, capture: &str, port: &str, services: &[String]) -> Result<Resident<'a>> {
         let service = self.service(capture);
         let token = control.token("default", &service, 1)?;
         let application = shop::service("reviews", &["--port", port, "--version", &service])?;
@@ -167,6 +164,42 @@ impl<'a> Side<'a> {
         };
         programs.push(proxy);
         Ok(Resident { service, programs, unit })
+    }
+
+    /// UDP other than DNS is refused at once and counted by the rules; who captures no packets says so.
+    fn refuses_udp(&self, capture: &str, resident: &Resident<'_>, target: Ipv4Addr) -> Result<()> {
+        let service = &resident.service;
+        let table = format!("sheer-default-{service}");
+        let record = |root: &Path| -> Result<Value> {
+            let file = root.join(format!("sheer/run/default_{service}/workload.json"));
+            serde_json::from_slice(&std::fs::read(&file).with_context(|| file.display().to_string())?)
+                .map_err(Into::into)
+        };
+        let (place, table, counter) = match capture {
+            "netns" => (record(&self.host.path("/run"))?["keeper"]["pid"].take(), "sheer", "refused_udp"),
+            "rootless" => (record(&self.person.home.join("run"))?["keeper"]["pid"].take(), "sheer", "refused_udp"),
+            "cgroup" => (self.host.pid().into(), table.as_str(), "other_udp"),
+            "here" => (self.container.pid().into(), table.as_str(), "other_udp"),
+            _ => {
+                let said = resident.programs.iter().any(|it| it.output().contains("goes around the mesh"));
+                ensure!(said, "{service} does not say what it leaves alone");
+                return Ok(());
+            }
+        };
+        let count = || -> Result<u64> {
+            let nft = ["nft", "-j", "list", "counter", "inet", table, counter];
+            let text = run(Command::new("nsenter").args(["--net", "-t", &place.to_string(), "--"]).args(nft))?;
+            let listed: Value = serde_json::from_str(&text)?;
+            let counters = listed["nftables"].as_array().context("nft says nothing")?;
+            counters.iter().find_map(|it| it["counter"]["packets"].as_u64()).with_context(|| text.clone())
+        };
+        let before = count()?;
+        let mut send = self.command(capture, resident, "bash")?;
+        let sent = send.args(["-c", &format!("echo x > /dev/udp/{target}/9")]).output()?;
+        let complaint = String::from_utf8_lossy(&sent.stderr);
+        ensure!(complaint.contains("not permitted"), "{service} could send: {complaint}");
+        ensure!(count()? == before + 1, "{service}: {} packets were refused, before {before}", count()?);
+        Ok(())
     }
 
     /// A program that is captured as the workload is.
