@@ -383,6 +383,46 @@ async fn somebody_else_at_the_endpoint_gets_no_byte() {
 }
 
 #[tokio::test]
+async fn a_connection_that_comes_back_late_is_not_used_for_another_identity() {
+    let test = async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (asked, proceed) = (Rc::new(Cell::new(0)), Rc::new(tokio::sync::Semaphore::new(0)));
+        let (count, gate) = (asked.clone(), proceed.clone());
+        spawn_local(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let (count, gate) = (count.clone(), gate.clone());
+                spawn_local(async move {
+                    let mut some = [0; 4096];
+                    while stream.read(&mut some).await.unwrap_or(0) > 0 {
+                        count.set(count.get() + 1);
+                        gate.acquire().await.unwrap().forget();
+                        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+                    }
+                });
+            }
+        });
+        let (api, _web, door) = two(Protocol::Http, port).await;
+        let slow = spawn_local(async move { get(door, "/").await });
+        until("the application is asked", || asked.get() == 1).await;
+        // The address is said to be another's now; the one from before still holds it.
+        let name = ServiceName::parse("web").unwrap();
+        let live = api.proxy.endpoints.get(&name).unwrap().load_full().unwrap();
+        let endpoints = live.of_port(80).iter().map(|it| it.endpoint.clone()).collect();
+        let other = SpiffeId::parse("spiffe://mesh.internal/ns/default/sa/other").unwrap();
+        api.proxy.endpoints.set(&name, Arc::new(EndpointSet::new(vec![other], endpoints)));
+        let answer = get(door, "/").await;
+        assert!(answer.contains("x-sheer-reason: identity-mismatch"), "{answer}");
+        proceed.add_permits(10);
+        assert!(slow.await.unwrap().starts_with("HTTP/1.1 200"));
+        let answer = get(door, "/").await;
+        assert!(answer.contains("x-sheer-reason: identity-mismatch"), "{answer}");
+        assert_eq!(asked.get(), 1, "no byte of a request reached the identity that is not expected");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
 async fn plaintext_to_a_strict_workload_is_refused_with_a_reason() {
     let test = async {
         let port = application("hello").await;

@@ -4,10 +4,12 @@ use bytes::BytesMut;
 use http::StatusCode;
 use sheer_core::cause::Cause;
 use sheer_core::head::{Known, RequestHead};
+use sheer_core::identity::SpiffeId;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
 use super::decode::Decoder;
@@ -16,6 +18,7 @@ use super::parse::{self, Framing, ParsedResponse, Refusal};
 use super::{Incoming, Upgraded, buffer};
 use crate::body::{Body, BodyError, Frame, Interim, Length, Response};
 use crate::io::Io;
+use crate::upstream::tls::Answered;
 
 /// The most interim answers to one request.
 const MAX_INTERIM: usize = 32;
@@ -44,6 +47,7 @@ struct Wire {
     /// The connection now speaks another protocol.
     switched: bool,
     home: Option<Rc<dyn Return>>,
+    answered: Option<Answered>,
 }
 
 impl fmt::Debug for Wire {
@@ -112,7 +116,20 @@ impl Connection {
             served: 0,
             switched: false,
             home: None,
+            answered: None,
         }))
+    }
+
+    /// A new connection to a mesh peer, with who it is.
+    pub fn to_peer(io: Io, answered: Option<Answered>) -> Self {
+        let mut connection = Self::new(io);
+        connection.0.answered = answered;
+        connection
+    }
+
+    /// Whether whoever is at its other end is one of these.
+    pub fn is_one_of(&mut self, identities: &Arc<[SpiffeId]>) -> bool {
+        self.0.answered.as_mut().is_none_or(|answered| answered.is_one_of(identities))
     }
 
     /// The connection below.

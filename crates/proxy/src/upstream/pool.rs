@@ -2,11 +2,12 @@
 //!
 //! HTTP/1 connections carry one request at a time and are taken last-in first-out, so that what is not needed grows old
 //! and closes. An HTTP/2 connection is shared by all requests of the worker; a second one is made only when the first
-//! is nearly full. Who answered is checked when a connection is made, and again when the service's identities change.
+//! is nearly full. Who answered is known of each connection, checked when it is made, and again before it is used when
+//! the service's identities have changed.
 
 use super::dial::{Connector, DialError, Place, Sessions};
 use super::endpoint::State;
-use super::tls::Carried;
+use super::tls::{Answered, Carried};
 use crate::h1;
 use crate::h2;
 use crate::io::Io;
@@ -58,12 +59,11 @@ pub struct Peer {
     /// One at a time makes a new shared connection; the others wait for it.
     dialing: tokio::sync::Mutex<()>,
     sessions: Sessions,
-    /// Who answered last, and the list in which that was found.
-    answered: RefCell<Option<(SpiffeId, Arc<[SpiffeId]>)>>,
 }
 
 struct Shared {
     connection: h2::client::Connection,
+    answered: Option<Answered>,
     used: Cell<Instant>,
 }
 
@@ -98,11 +98,11 @@ impl Pools {
         peer: &Rc<Peer>,
         identities: &Arc<[SpiffeId]>,
     ) -> Result<h1::client::Connection, DialError> {
-        peer.check(identities);
-        match peer.take_idle() {
-            Some(connection) => Ok(connection),
-            None => Ok(h1::client::Connection::new(self.dial(peer, Carried::Http1, identities).await?)),
+        if let Some(connection) = peer.take_idle(identities) {
+            return Ok(connection);
         }
+        let (io, answered) = self.dial(peer, Carried::Http1, identities).await?;
+        Ok(h1::client::Connection::to_peer(io, answered))
     }
 
     /// An HTTP/2 connection to a place: one that has room, or a new one.
@@ -114,8 +114,7 @@ impl Pools {
         peer: &Rc<Peer>,
         identities: &Arc<[SpiffeId]>,
     ) -> Result<h2::client::Connection, DialError> {
-        peer.check(identities);
-        match peer.share() {
+        match peer.share(identities) {
             Some(connection) => Ok(connection),
             // Boxed, since it is rare.
             None => Box::pin(self.new_shared(peer, identities)).await,
@@ -128,13 +127,14 @@ impl Pools {
         identities: &Arc<[SpiffeId]>,
     ) -> Result<h2::client::Connection, DialError> {
         let _turn = peer.dialing.lock().await;
-        if let Some(connection) = peer.share() {
+        if let Some(connection) = peer.share(identities) {
             return Ok(connection);
         }
-        let io = self.dial(peer, Carried::Http2, identities).await?;
+        let (io, answered) = self.dial(peer, Carried::Http2, identities).await?;
         let failed = |_| DialError { cause: Cause::ConnectFailed, source: None };
         let connection = h2::client::Connection::start(io).await.map_err(failed)?;
-        peer.shared.borrow_mut().push(Shared { connection: connection.clone(), used: Cell::new(Instant::now()) });
+        let used = Cell::new(Instant::now());
+        peer.shared.borrow_mut().push(Shared { connection: connection.clone(), answered, used });
         Ok(connection)
     }
 
@@ -143,17 +143,19 @@ impl Pools {
     /// # Errors
     /// When it cannot be made.
     pub async fn tcp(&self, peer: &Rc<Peer>, identities: &Arc<[SpiffeId]>) -> Result<Io, DialError> {
-        self.dial(peer, Carried::Tcp, identities).await
+        self.dial(peer, Carried::Tcp, identities).await.map(|(io, _)| io)
     }
 
-    async fn dial(&self, peer: &Peer, carried: Carried, identities: &Arc<[SpiffeId]>) -> Result<Io, DialError> {
+    async fn dial(
+        &self,
+        peer: &Peer,
+        carried: Carried,
+        identities: &Arc<[SpiffeId]>,
+    ) -> Result<(Io, Option<Answered>), DialError> {
         // Boxed, since it is rare and its state is larger than all the rest of a request's.
         let connecting = self.connector.connect(&peer.place, carried, identities, &peer.sessions);
         let (io, answered) = Box::pin(connecting).await?;
-        if let Some(answered) = answered {
-            *peer.answered.borrow_mut() = Some((answered, identities.clone()));
-        }
-        Ok(io)
+        Ok((io, answered.map(|id| Answered::new(id, identities.clone()))))
     }
 
     /// Closes what has not been used for long, and forgets endpoints that are no longer listed.
@@ -174,7 +176,6 @@ impl Peer {
             shared: RefCell::default(),
             dialing: tokio::sync::Mutex::default(),
             sessions: Sessions::default(),
-            answered: RefCell::default(),
         }
     }
 
@@ -185,22 +186,8 @@ impl Peer {
         }
     }
 
-    /// Drops the connections when whoever is at their other end is no longer one of the service's identities.
-    fn check(&self, identities: &Arc<[SpiffeId]>) {
-        let mut answered = self.answered.borrow_mut();
-        let Some((id, list)) = &mut *answered else { return };
-        if Arc::ptr_eq(list, identities) {
-            return;
-        }
-        if identities.contains(id) {
-            *list = identities.clone();
-        } else {
-            *answered = None;
-            self.clear();
-        }
-    }
-
-    fn take_idle(&self) -> Option<h1::client::Connection> {
+    /// The youngest kept connection that is open and leads to one of these.
+    fn take_idle(&self, identities: &Arc<[SpiffeId]>) -> Option<h1::client::Connection> {
         let oldest = Instant::now().checked_sub(self.idle_limit())?;
         loop {
             let (mut connection, since) = self.idle.borrow_mut().pop()?;
@@ -209,16 +196,19 @@ impl Peer {
                 self.idle.borrow_mut().clear();
                 return None;
             }
-            if connection.is_idle_and_open() {
+            if connection.is_one_of(identities) && connection.is_idle_and_open() {
                 return Some(connection);
             }
         }
     }
 
-    /// The open shared connection with the fewest requests, unless all are nearly full and another is allowed.
-    fn share(&self) -> Option<h2::client::Connection> {
+    /// The open shared connection to one of these with the fewest requests, unless all are nearly full and another is
+    /// allowed. Requests that are under way on another one end there.
+    fn share(&self, identities: &Arc<[SpiffeId]>) -> Option<h2::client::Connection> {
         let mut shared = self.shared.borrow_mut();
-        shared.retain(|it| it.connection.is_open());
+        shared.retain_mut(|it| {
+            it.answered.as_mut().is_none_or(|answered| answered.is_one_of(identities)) && it.connection.is_open()
+        });
         let least = shared.iter().min_by_key(|it| it.connection.streams())?;
         if least.connection.streams() >= NEARLY_FULL && shared.len() < MAX_SHARED {
             return None;
@@ -234,11 +224,6 @@ impl Peer {
         self.shared
             .borrow_mut()
             .retain(|it| it.connection.is_open() && (it.connection.streams() > 0 || is_young(it.used.get())));
-    }
-
-    fn clear(&self) {
-        self.idle.borrow_mut().clear();
-        self.shared.borrow_mut().clear();
     }
 
     fn is_empty(&self) -> bool {

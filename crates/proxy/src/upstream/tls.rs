@@ -201,6 +201,34 @@ pub struct Accepted {
     pub carried: Carried,
 }
 
+/// Who answered on a connection to a mesh peer. It belongs to that connection alone: an address may change hands while
+/// connections to whoever had it before are open.
+#[derive(Debug)]
+pub struct Answered {
+    id: SpiffeId,
+    /// The list in which it was found last.
+    list: Arc<[SpiffeId]>,
+}
+
+impl Answered {
+    /// This identity, which is one of the list.
+    pub fn new(id: SpiffeId, list: Arc<[SpiffeId]>) -> Self {
+        Self { id, list }
+    }
+
+    /// Whether it is one of these. It costs a comparison of pointers until the list is replaced.
+    pub fn is_one_of(&mut self, identities: &Arc<[SpiffeId]>) -> bool {
+        if Arc::ptr_eq(&self.list, identities) {
+            return true;
+        }
+        let is = identities.contains(&self.id);
+        if is {
+            self.list = identities.clone();
+        }
+        is
+    }
+}
+
 /// How one endpoint is dialled. Keeps that endpoint's sessions for resumption.
 pub struct Dialer {
     configs: [Arc<ClientConfig>; 3],
@@ -458,6 +486,18 @@ mod tests {
         let (near, far) = loopback().await;
         let dialer = client.dialer();
         tokio::join!(dialer.connect(near, NAME, Carried::Http2), server.accept(far))
+    }
+
+    #[test]
+    fn who_answered_is_asked_for_again_when_the_list_changes() {
+        let list = |names: &[&str]| -> Arc<[SpiffeId]> {
+            names.iter().map(|name| SpiffeId::parse(&format!("spiffe://td/ns/a/sa/{name}")).unwrap()).collect()
+        };
+        let web = list(&["web"]);
+        let mut answered = Answered::new(web[0].clone(), web.clone());
+        assert!(answered.is_one_of(&web) && answered.is_one_of(&list(&["other", "web"])));
+        assert!(!answered.is_one_of(&list(&["other"])) && !answered.is_one_of(&list(&[])));
+        assert!(answered.is_one_of(&web), "a request that began before the change may end there");
     }
 
     #[tokio::test]
