@@ -124,12 +124,13 @@ impl Sums {
 
     fn figures(&self, seconds: u64, open: i64) -> Figures {
         let requests = self.requests();
-        let failures = self
-            .responses
-            .iter()
-            .filter(|((status, grpc, reason), _)| is_failure(*status, *grpc, reason))
-            .map(|(_, count)| count)
-            .sum();
+        let count = |is: fn(u32, i32, &str) -> bool| -> u64 {
+            let counted = self.responses.iter().filter(|((status, grpc, reason), _)| is(*status, *grpc, reason));
+            counted.map(|(_, count)| count).sum()
+        };
+        let failures = count(is_failure);
+        let gone = count(|_, _, reason| reason == CLIENT_GONE);
+        let stayed = requests - gone;
         let counts: Vec<(usize, u64)> = self.latency.iter().map(|(index, count)| (*index as usize, *count)).collect();
         let timed: u64 = self.latency.values().sum();
         let mut responses: Vec<Outcome> = self
@@ -147,7 +148,8 @@ impl Sums {
             requests,
             failures,
             plaintext: self.plaintext,
-            success_rate: (requests > 0).then(|| (requests - failures) as f64 / requests as f64),
+            gone,
+            success_rate: (stayed > 0).then(|| (stayed - failures) as f64 / stayed as f64),
             rps: if seconds == 0 { 0.0 } else { requests as f64 / seconds as f64 },
             p50_s: quantile_s(&counts, 0.50),
             p95_s: quantile_s(&counts, 0.95),
@@ -162,11 +164,13 @@ impl Sums {
     }
 }
 
+const CLIENT_GONE: &str = sheer_core::cause::Cause::ClientGone.reason();
+
 /// A failure of the mesh or of the server. gRPC codes that blame the server: UNKNOWN, DEADLINE_EXCEEDED, UNIMPLEMENTED,
 /// INTERNAL, UNAVAILABLE, DATA_LOSS. A client that hangs up is no failure of either.
 pub(crate) fn is_failure(status: u32, grpc: i32, reason: &str) -> bool {
     if !reason.is_empty() {
-        return reason != "client-gone";
+        return reason != CLIENT_GONE;
     }
     status >= 500 || matches!(grpc, 2 | 4 | 12 | 13 | 14 | 15)
 }
@@ -493,6 +497,24 @@ mod tests {
         assert_eq!(telemetry.stat(None, 60, &clock).rows[0].mtls, Some(0.5));
         // At the destination the same reason means its application: the request had arrived.
         assert!(travelled(Side::Inbound, "connect-refused") && !travelled(Side::Outbound, "connect-refused"));
+    }
+
+    #[test]
+    fn a_client_that_left_is_neither_a_success_nor_a_failure() {
+        let (telemetry, clock) = (Telemetry::default(), Clock::default());
+        let mut calls = edge(Side::Outbound, 6, 2);
+        let gone = |status, count| ResponseCount { status, grpc_status: -1, reason: "client-gone".into(), count };
+        calls.responses.extend([gone(499, 3), gone(200, 1)]);
+        telemetry.take("web", report(&clock, vec![calls]), &clock);
+        let total = telemetry.stat(None, 60, &clock).rows[0].total.clone();
+        assert_eq!((total.requests, total.failures, total.gone), (12, 2, 4));
+        assert_eq!(total.success_rate, Some(0.75));
+        let mut left = edge(Side::Outbound, 0, 0);
+        left.responses = vec![gone(499, 5)];
+        let telemetry = Telemetry::default();
+        telemetry.take("web", report(&clock, vec![left]), &clock);
+        let total = telemetry.stat(None, 60, &clock).rows[0].total.clone();
+        assert_eq!((total.requests, total.success_rate), (5, None));
     }
 
     #[test]

@@ -400,7 +400,10 @@ pub struct Figures {
     /// Of them, those that travelled in plaintext; what failed before it was sent did not travel.
     #[serde(default)]
     pub plaintext: u64,
-    /// The share that succeeded, 0 to 1; none without requests.
+    /// Of them, those whose client left before it had the whole answer: neither successes nor failures.
+    #[serde(default)]
+    pub gone: u64,
+    /// The share that succeeded of those whose client stayed, 0 to 1; none without such requests.
     pub success_rate: Option<f64>,
     /// Requests a second.
     pub rps: f64,

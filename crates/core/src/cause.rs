@@ -5,6 +5,19 @@
 
 use http::StatusCode;
 
+/// Statuses that no RFC names.
+trait Unregistered {
+    /// What nginx writes down for a client that closed before it had its answer. Nobody is sent it.
+    const CLIENT_CLOSED_REQUEST: StatusCode;
+}
+
+impl Unregistered for StatusCode {
+    const CLIENT_CLOSED_REQUEST: StatusCode = match StatusCode::from_u16(499) {
+        Ok(status) => status,
+        Err(_) => StatusCode::BAD_REQUEST,
+    };
+}
+
 /// Who is at fault, as far as the proxy can tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Side {
@@ -37,7 +50,7 @@ macro_rules! causes {
                 match reason { $($reason => Some(Cause::$variant),)* _ => None }
             }
 
-            /// The HTTP status that the caller sees.
+            /// The HTTP status that the caller sees, or would see where it has left.
             pub const fn status(self) -> StatusCode {
                 match self { $(Cause::$variant => StatusCode::$status,)* }
             }
@@ -62,8 +75,8 @@ causes! {
     HeadTooLarge => "head-too-large", REQUEST_HEADER_FIELDS_TOO_LARGE, 8, Client;
     /// The head did not arrive in time.
     HeadTimeout => "head-timeout", REQUEST_TIMEOUT, 4, Client;
-    /// The client closed or reset before the answer was complete.
-    ClientGone => "client-gone", BAD_REQUEST, 1, Client;
+    /// The client closed or reset before the answer was complete. Neither a success nor anybody's failure.
+    ClientGone => "client-gone", CLIENT_CLOSED_REQUEST, 1, Client;
     /// Plaintext, or TLS without a mesh certificate, arrived where only mesh peers are admitted.
     PlaintextRefused => "plaintext-refused", FORBIDDEN, 16, Client;
     /// The peer's certificate does not verify.
@@ -166,5 +179,11 @@ mod tests {
             assert_eq!(Cause::parse(cause.reason()), Some(*cause));
             assert!(cause.reason().bytes().all(|b| b.is_ascii_lowercase() || b == b'-'));
         }
+    }
+
+    #[test]
+    fn a_client_that_left_is_told_apart_from_one_that_erred() {
+        let status = |cause: Cause| cause.status().as_u16();
+        assert_eq!((status(Cause::ClientGone), status(Cause::BadRequest)), (499, 400));
     }
 }

@@ -584,7 +584,7 @@ async fn a_client_that_hangs_up_is_counted_on_both_sides() {
         stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n").await.unwrap();
         until("the application is asked", || asked.get() == 1).await;
         drop(stream);
-        let gone = vec![("default/api>default/web".to_owned(), 400, "client-gone".to_owned(), 1)];
+        let gone = vec![("default/api>default/web".to_owned(), 499, "client-gone".to_owned(), 1)];
         until("both sides counted it", || api.counted() == gone && web.counted() == gone).await;
     };
     LocalSet::new().run_until(test).await;

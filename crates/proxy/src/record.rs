@@ -492,7 +492,7 @@ mod tests {
         let edge = edge();
         drop(Record::begin(edge.clone(), None));
         let counted = only(&edge);
-        assert_eq!((counted.status, counted.reason, counted.count), (400, "client-gone", 1));
+        assert_eq!((counted.status, counted.reason, counted.count), (499, "client-gone", 1));
     }
 
     #[tokio::test]

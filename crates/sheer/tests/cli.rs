@@ -101,6 +101,7 @@ fn figures(requests: u64, failures: u64) -> Figures {
         requests,
         failures,
         plaintext: 0,
+        gone: 0,
         success_rate: (requests > 0).then(|| 1.0 - failures as f64 / requests as f64),
         rps: requests as f64 / 60.0,
         p50_s: (requests > 0).then_some(0.0012),

@@ -5,6 +5,7 @@ use crate::cmd::stat;
 use crate::duration;
 use crate::output::{self, Columns, bytes};
 use sheer_core::api::{EdgeRow, Edges, Outcome};
+use sheer_core::cause::Cause;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -120,9 +121,16 @@ pub(crate) fn table(rows: &[EdgeRow], detail: Detail) -> Columns {
 
 /// The most frequent outcomes; failures alone unless `all`.
 fn outcomes(responses: &[Outcome], all: bool) -> String {
-    let failed = |o: &Outcome| !o.reason.is_empty() || o.status >= 500 || o.grpc_status > 0;
-    let shown = responses.iter().filter(|o| all || failed(o)).take(3);
+    let shown = responses.iter().filter(|o| all || has_failed(o)).take(3);
     shown.map(|o| format!("{}={}", outcome(o), o.count)).collect::<Vec<_>>().join(" ")
+}
+
+/// A client that left is nobody's failure.
+fn has_failed(outcome: &Outcome) -> bool {
+    match Cause::parse(&outcome.reason) {
+        Some(Cause::ClientGone) => false,
+        _ => !outcome.reason.is_empty() || outcome.status >= 500 || outcome.grpc_status > 0,
+    }
 }
 
 fn outcome(outcome: &Outcome) -> String {
