@@ -3,11 +3,18 @@
 /// The first bytes of every HTTP/2 connection (RFC 9113, section 3.4).
 pub const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
+/// The first byte of every TLS connection: a handshake record (RFC 8446, section 5.1).
+pub const TLS_HANDSHAKE: u8 = 0x16;
+
 /// What ALPN names begin with between proxies of the mesh.
 pub const MESH_ALPN_PREFIX: &[u8] = b"sheer/1+";
 
-/// A request line longer than this is taken for HTTP/1 before its end, if it begins like one.
-const MAX_LINE: usize = 16 * 1024;
+/// A first line longer than this is taken for HTTP/1 before its end, if it begins like a request line.
+const MAX_LINE: usize = crate::head::MAX_HEAD_BYTES;
+
+/// Methods whose requests servers take without a version. A text protocol whose words are the same and whose arguments
+/// are paths is to be declared.
+const METHODS: [&[u8]; 9] = [b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH"];
 
 /// The most bytes of a ClientHello that are looked at. Real ones have 300 to 2,000.
 const MAX_HELLO: usize = 16 * 1024;
@@ -21,8 +28,8 @@ pub enum Sniffed {
     Tls(ClientHello),
     /// The HTTP/2 preface.
     Http2,
-    /// A request line of HTTP/1, or at least of something that calls itself HTTP: whether it is well-formed, the codec
-    /// decides.
+    /// What some server may read as a request of HTTP/1, however it is written: whether it is well-formed, the codec
+    /// decides, and refuses what is not. Nobody gets a request past the mesh by writing it badly.
     Http1,
     /// Something else.
     Opaque,
@@ -41,47 +48,92 @@ pub struct ClientHello {
 pub fn sniff(bytes: &[u8]) -> Sniffed {
     match bytes.first() {
         None => Sniffed::Partial,
-        Some(0x16) => sniff_tls(bytes),
+        Some(&TLS_HANDSHAKE) => sniff_tls(bytes),
         Some(_) if bytes.starts_with(HTTP2_PREFACE) => Sniffed::Http2,
         Some(_) if HTTP2_PREFACE.starts_with(bytes) => Sniffed::Partial,
-        // Servers skip empty lines before a request (RFC 9112, section 2.2).
-        Some(b'\r' | b'\n') => match bytes.iter().position(|byte| !matches!(byte, b'\r' | b'\n')) {
-            Some(start) => sniff_request_line(&bytes[start..]),
-            None if bytes.len() < MAX_LINE => Sniffed::Partial,
-            None => Sniffed::Opaque,
-        },
-        Some(_) => sniff_request_line(bytes),
+        Some(_) => sniff_text(bytes),
     }
 }
 
-/// `method SP target SP HTTP/...`, whole, because text protocols begin with words and blanks as well.
+/// Servers skip empty lines before a request (RFC 9112, section 2.2), and some of them blanks.
+fn sniff_text(bytes: &[u8]) -> Sniffed {
+    match bytes.iter().position(|byte| !is_line_end(*byte) && !is_blank(*byte)) {
+        Some(start) => sniff_request_line(&bytes[start..]),
+        None if bytes.len() < MAX_LINE => Sniffed::Partial,
+        None => Sniffed::Opaque,
+    }
+}
+
+/// `method target HTTP/...`, whole, because text protocols begin with words and blanks as well. Servers disagree about
+/// what a blank is, where the version stands and how it is written (RFC 9112, section 3, lets them split at any blank).
 fn sniff_request_line(bytes: &[u8]) -> Sniffed {
     let method = bytes.iter().position(|byte| !is_token(*byte)).unwrap_or(bytes.len());
     match bytes.get(method) {
-        _ if method > 32 => return Sniffed::Opaque,
-        None => return Sniffed::Partial,
-        Some(b' ') if method > 0 => {}
-        Some(_) => return Sniffed::Opaque,
+        None if bytes.len() < MAX_LINE => return Sniffed::Partial,
+        Some(byte) if method > 0 && is_blank(*byte) => {}
+        _ => return Sniffed::Opaque,
     }
-    let rest = &bytes[method + 1..];
-    let path = rest.first() == Some(&b'/');
-    let line = memchr::memchr(b'\n', rest);
-    let text = |byte: &u8| matches!(byte, b' '..=b'~' | b'\r' | b'\t' | 0x80..);
-    if !rest[..line.unwrap_or(rest.len())].iter().all(text) {
+    let (method, rest) = bytes.split_at(method);
+    let is_known = METHODS.contains(&method);
+    let is_path = rest.iter().find(|byte| !is_blank(**byte)) == Some(&b'/');
+    // Either end of a line, and of a carriage return what follows.
+    let Some(end) = rest.iter().position(|byte| is_line_end(*byte)) else {
         // Not to be let through as something unknown when it is only a bad request.
-        return if path { Sniffed::Http1 } else { Sniffed::Opaque };
-    }
-    let Some(end) = line else {
-        return match path {
-            _ if rest.len() < MAX_LINE => Sniffed::Partial,
-            true => Sniffed::Http1,
-            false => Sniffed::Opaque,
-        };
+        let is_bad = is_path && rest.iter().any(|byte| is_control(*byte));
+        return if bytes.len() >= MAX_LINE || is_bad { Sniffed::Http1 } else { Sniffed::Partial };
     };
-    let line = rest[..end].trim_ascii_end();
-    let version = line.rsplit(|byte| *byte == b' ').next().unwrap_or_default();
-    let target = line.len() > version.len();
-    if target && version.starts_with(b"HTTP/") { Sniffed::Http1 } else { Sniffed::Opaque }
+    let line = &rest[..end];
+    let words = line.split(|byte| is_blank(*byte)).filter(|word| !word.is_empty());
+    let says_http = |word: &[u8]| word.get(..5).is_some_and(|start| start.eq_ignore_ascii_case(b"http/"));
+    if words.clone().skip(1).any(says_http) || is_path && line.iter().any(|byte| is_control(*byte)) {
+        return Sniffed::Http1;
+    }
+    let target = words.clone().next().unwrap_or_default();
+    // RTSP and SIP have methods of the same names, and targets of their own.
+    if is_known && (is_path || is_web(target)) {
+        return Sniffed::Http1;
+    }
+    match words.count() {
+        // Version 0.9 had neither version nor fields; some servers read fields nevertheless.
+        1 if method == b"GET" => sniff_field_line(&rest[end..]),
+        _ => Sniffed::Opaque,
+    }
+}
+
+/// Whether a line that may be the first word of a protocol of words is followed by what may be a field.
+fn sniff_field_line(bytes: &[u8]) -> Sniffed {
+    let line = match bytes {
+        [b'\r', b'\n', line @ ..] | [b'\n' | b'\r', line @ ..] => line,
+        _ => bytes,
+    };
+    if bytes == b"\r" || line.is_empty() {
+        return Sniffed::Partial;
+    }
+    match line.iter().position(|byte| !matches!(byte, b'!'..=b'9' | b';'..=b'~')) {
+        None if line.len() < MAX_LINE => Sniffed::Partial,
+        // A folded line, or a name, even an empty one, and its colon.
+        Some(end) if line[end] == b':' || end == 0 && is_blank(line[0]) => Sniffed::Http1,
+        _ if line.starts_with(b"From ") => Sniffed::Http1,
+        _ => Sniffed::Opaque,
+    }
+}
+
+fn is_web(target: &[u8]) -> bool {
+    let scheme = target.split(|byte| *byte == b':').next().unwrap_or_default();
+    scheme.len() < target.len() && (scheme.eq_ignore_ascii_case(b"http") || scheme.eq_ignore_ascii_case(b"https"))
+}
+
+fn is_line_end(byte: u8) -> bool {
+    matches!(byte, b'\r' | b'\n')
+}
+
+/// What one server or another splits words at.
+fn is_blank(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\t' | 0x0b | 0x0c | 0x1c..=0x1f | 0x85 | 0xa0)
+}
+
+fn is_control(byte: u8) -> bool {
+    byte < b' ' && !is_blank(byte) || byte == 0x7f
 }
 
 fn is_token(byte: u8) -> bool {
@@ -118,7 +170,7 @@ fn handshake(bytes: &[u8]) -> Gathered {
     loop {
         let Some((header, body)) = rest.split_at_checked(5) else { return Gathered::Partial };
         let length = usize::from(u16::from_be_bytes([header[3], header[4]]));
-        if header[0] != 0x16 || length == 0 {
+        if header[0] != TLS_HANDSHAKE || length == 0 {
             return Gathered::Broken;
         }
         message.extend_from_slice(&body[..length.min(body.len())]);
@@ -253,9 +305,11 @@ mod tests {
             (b"\r\n", Sniffed::Partial),
             (b"\r\n+OK\r\n", Sniffed::Opaque),
             (b"GET /\0", Sniffed::Http1),
-            (b"GET key\0\r\n", Sniffed::Opaque),
-            (b"GET key\r\n", Sniffed::Opaque),
-            (b"GET HTTP/1.1\r\n", Sniffed::Opaque),
+            (b"GET key\0\r\nx\r\n", Sniffed::Opaque),
+            (b"get /key\r\n", Sniffed::Opaque),
+            (b"SET /key value\r\n", Sniffed::Opaque),
+            (b"GET /key value\0", Sniffed::Http1),
+            (b"GET HTTP/1.1\r\nPING\r\n", Sniffed::Opaque),
             (b"PING\r\n", Sniffed::Opaque),
             (b"*1\r\n$4\r\nPING\r\n", Sniffed::Opaque),
             (b"EHLO mail.example\r\n", Sniffed::Opaque),
@@ -271,10 +325,56 @@ mod tests {
             assert_eq!(sniff(bytes), *expected, "{:?}", String::from_utf8_lossy(bytes));
         }
         let endless = |start: &str| sniff(format!("{start}{}", "a".repeat(MAX_LINE)).as_bytes());
-        assert_eq!(
-            (endless("GET /"), endless("GET "), endless("")),
-            (Sniffed::Http1, Sniffed::Opaque, Sniffed::Opaque)
-        );
+        assert_eq!((endless("GET /"), endless("FOO "), endless("")), (Sniffed::Http1, Sniffed::Http1, Sniffed::Opaque));
+    }
+
+    /// What a server that forgives much reads as a request, and a proxy that forgives nothing must not pass on.
+    #[test]
+    fn a_badly_written_request_is_no_opaque_one() {
+        let cases: &[&[u8]] = &[
+            b"GET\t/ HTTP/1.1\r\n",
+            b"GET /\tHTTP/1.1\r\n",
+            b"GET\x0b/\x0cHTTP/1.1\n",
+            b"GET\xa0/ HTTP/1.1\r\n",
+            b"GET  /  HTTP/1.1\r\n",
+            b" GET / HTTP/1.1\r\n",
+            b"\x1f\r\n \tGET / HTTP/1.1\r\n",
+            b"GET / http/1.1\r\n",
+            b"get / Http/1.1\r\n",
+            b"GET / HTTP/1.1 \r\n",
+            b"GET / HTTP/1.1 extra\r\n",
+            b"GET key HTTP/1.1\r\n",
+            b"GET / HTTP/1.1\rHost: a\r\r",
+            b"GET / HTTP/\r\n",
+            b"GET /\r\n",
+            b"POST /path\n",
+            b"GET http://web/\r\n",
+            b"GET HTTP://web/ x\r\n",
+            b"\r\nPRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            b"GET key\r\nX-Sheer-Peer: me\r\n",
+            b"GET key\nX-Sheer-Peer:",
+            b"GET key\n\tX-Sheer-Peer:",
+            b"GET key\n:\n",
+            b"GET key\nFrom me\nX-Sheer-Peer: me\n",
+        ];
+        for bytes in cases {
+            assert_eq!(sniff(bytes), Sniffed::Http1, "{:?}", String::from_utf8_lossy(bytes));
+        }
+        let long = format!("{} / HTTP/1.1\r\n", "A".repeat(1000));
+        let far = format!("FOO http://{} HTTP/1.1\r\n", "a".repeat(30_000));
+        assert_eq!((sniff(long.as_bytes()), sniff(far.as_bytes())), (Sniffed::Http1, Sniffed::Http1));
+        // Words that no server takes for a request are carried.
+        for bytes in [
+            &b"GET key\r\nSET a b:c\r\n"[..],
+            b"GET key\r\n\r\n",
+            b"GET key\nfoo\n",
+            b"QUIT\r\n",
+            b"OPTIONS rtsp://a/ RTSP/1.0\r\n",
+            b"a b c\n",
+        ] {
+            assert_eq!(sniff(bytes), Sniffed::Opaque, "{:?}", String::from_utf8_lossy(bytes));
+        }
+        assert_eq!((sniff(b"GET key\r\n"), sniff(b"GET key\r")), (Sniffed::Partial, Sniffed::Partial));
     }
 
     #[test]
@@ -294,7 +394,8 @@ mod tests {
         fn more_bytes_change_nothing_but_partial(bytes in prop_oneof![
             proptest::collection::vec(0u8.., 0..64),
             Just(hello(Some("web"), &["sheer/1+h2"], 50)),
-            "[A-Z]{1,8} [ -~]{0,20}( HTTP/1.1)?\r?\n?".prop_map(String::into_bytes),
+            "[A-Z]{1,8}[ \t][ -~]{0,20}( (HTTP|http)/1.1)?\r?\n?([ -~]{0,8}\r?\n)?".prop_map(String::into_bytes),
+            "GET [a-z]{1,3}\r?\n?[a-z: ]{0,4}\r?\n?".prop_map(String::into_bytes),
         ]) {
             let whole = sniff(&bytes);
             for end in 0..bytes.len() {

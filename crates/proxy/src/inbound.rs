@@ -13,7 +13,7 @@ use crate::drain::Phase;
 use crate::error::{Audience, RequestError};
 use crate::io::Io;
 use crate::metrics::{Edge, Protocol};
-use crate::plan::{self, Mode};
+use crate::plan::Mode;
 use crate::platform::original_destination;
 use crate::record::{ConnectionRecord, IDENTITY_FIELDS, Line, Record, refused_connection};
 use crate::send::{self, Outgoing};
@@ -27,7 +27,7 @@ use sheer_core::head::{Fields, Known, Version};
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::parse_server_name;
 use sheer_core::snapshot;
-use sheer_core::sniff::{Sniffed, sniff};
+use sheer_core::sniff::{Sniffed, TLS_HANDSHAKE, sniff};
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -115,7 +115,7 @@ pub async fn accept_published(worker: Rc<Worker>, stream: TcpStream, port: u16) 
     from_outside(worker, stream, dialled, Who::Public).await;
 }
 
-/// Reads what a connection begins with and leaves it there.
+/// Reads what a connection begins with, until it is known whether that is TLS and whose, and leaves it there.
 async fn first_look(stream: &TcpStream) -> io::Result<Sniffed> {
     let mut seen = 0;
     let mut buffer = vec![0; FIRST_LOOK];
@@ -129,6 +129,8 @@ async fn first_look(stream: &TcpStream) -> io::Result<Sniffed> {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             match sniff(&buffer[..count]) {
+                // What it is instead is looked at by whoever reads it, and is no reason to wait here.
+                _ if buffer[0] != TLS_HANDSHAKE => Ok(Sniffed::Opaque),
                 Sniffed::Partial if count > seen => {
                     seen = count;
                     Err(io::ErrorKind::WouldBlock.into())
@@ -149,9 +151,8 @@ fn has_spoken(stream: &TcpStream) -> bool {
 
 /// Whether clients of this port speak first, as its declared protocol says.
 fn is_client_first(worker: &Worker, port: u16) -> bool {
-    use plan::Protocol::{Detect, Grpc, Http, Http2, Tcp, Tls};
-    let declared = worker.proxy.plan.ports.iter().find(|it| it.port == port);
-    match declared.map_or(Detect, |it| it.protocol) {
+    use snapshot::Protocol::{Detect, Grpc, Http, Http2, Tcp, Tls};
+    match spoken_at(worker, port) {
         Http | Http2 | Grpc | Tls => true,
         Detect | Tcp => false,
     }
@@ -194,8 +195,10 @@ async fn from_peer(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr) {
         Carried::Http2 => http(worker, io, BytesMut::new(), Spoken::Http2, session).await,
         // A peer says what it carries; that requests are none is not its to say.
         Carried::Tcp => match spoken_at(&worker, port.unwrap_or_default()) {
-            plan::Protocol::Tcp | plan::Protocol::Tls => bytes(worker, io, BytesMut::new(), session, true).await,
-            plan::Protocol::Detect => bytes(worker, io, BytesMut::new(), session, false).await,
+            snapshot::Protocol::Tcp | snapshot::Protocol::Tls => {
+                bytes(worker, io, BytesMut::new(), session, true).await
+            }
+            snapshot::Protocol::Detect => bytes(worker, io, BytesMut::new(), session, false).await,
             declared => from_client(worker, io, declared, session).await,
         },
     }
@@ -245,24 +248,32 @@ async fn from_outside(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr
     from_client(worker, Io::Plain(stream), declared, session).await;
 }
 
-/// The declared protocol of a port.
-fn spoken_at(worker: &Worker, port: u16) -> plan::Protocol {
-    worker.proxy.plan.ports.iter().find(|it| it.port == port).map(|it| it.protocol).unwrap_or_default()
+/// The declared protocol of a port: as the control plane granted it, since what is written of a workload wins over how
+/// its proxy was started; as the proxy was started where that says nothing.
+fn spoken_at(worker: &Worker, port: u16) -> snapshot::Protocol {
+    let granted = worker.snapshot().workload().and_then(|workload| workload.port(port)).map(|it| it.protocol);
+    match granted {
+        Some(snapshot::Protocol::Detect) | None => {
+            let planned = worker.proxy.plan.ports.iter().find(|it| it.port == port);
+            planned.map_or(snapshot::Protocol::Detect, |it| it.protocol.into())
+        }
+        Some(protocol) => protocol,
+    }
 }
 
 /// Serves a connection of which it is known what it should speak.
-async fn from_client(worker: Rc<Worker>, mut io: Io, declared: plan::Protocol, session: Session) {
+async fn from_client(worker: Rc<Worker>, mut io: Io, declared: snapshot::Protocol, session: Session) {
     let mut prefix = BytesMut::new();
     let detected = match declared {
-        plan::Protocol::Http2 | plan::Protocol::Grpc => Detected::Http2,
-        plan::Protocol::Tcp | plan::Protocol::Tls => return bytes(worker, io, prefix, session, true).await,
-        plan::Protocol::Http => match timeout(HANDSHAKE_TIMEOUT, detect::detect(&mut io, &mut prefix)).await {
+        snapshot::Protocol::Http2 | snapshot::Protocol::Grpc => Detected::Http2,
+        snapshot::Protocol::Tcp | snapshot::Protocol::Tls => return bytes(worker, io, prefix, session, true).await,
+        snapshot::Protocol::Http => match timeout(HANDSHAKE_TIMEOUT, detect::detect(&mut io, &mut prefix)).await {
             Ok(Ok(Some(Detected::Http2))) => Detected::Http2,
             // Whatever else it is, the codec says what is wrong with it, or that it was too slow.
             Ok(Ok(Some(_))) | Err(_) => Detected::Http1,
             Ok(Ok(None) | Err(_)) => return,
         },
-        plan::Protocol::Detect => match timeout(SILENCE, detect::detect(&mut io, &mut prefix)).await {
+        snapshot::Protocol::Detect => match timeout(SILENCE, detect::detect(&mut io, &mut prefix)).await {
             Ok(Ok(Some(detected))) => detected,
             Ok(Ok(None) | Err(_)) => return,
             // It waits for its server to speak, or is slow.
@@ -465,4 +476,21 @@ async fn connect(worker: &Worker, session: &Session) -> Result<Io, Cause> {
     let place = session.to.clone()?;
     let peer = worker.pools.peer(&place);
     worker.pools.tcp(&peer, &worker.nobody).await.map_err(|error| error.cause)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::loopback;
+    use tokio::io::AsyncWriteExt;
+
+    #[tokio::test]
+    async fn what_is_no_tls_is_not_waited_for() {
+        let (mut client, server) = loopback().await;
+        client.write_all(b"ping").await.unwrap();
+        let looked = timeout(HANDSHAKE_TIMEOUT / 2, first_look(&server)).await;
+        assert_eq!(looked.expect("four bytes tell enough").unwrap(), Sniffed::Opaque);
+        client.write_all(&[TLS_HANDSHAKE]).await.unwrap();
+        assert_eq!(first_look(&server).await.unwrap(), Sniffed::Opaque);
+    }
 }

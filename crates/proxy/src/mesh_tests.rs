@@ -16,7 +16,9 @@ use bytes::Bytes;
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::{DnsLabel, ServiceName};
 use sheer_core::route::{Attached, Backend, Rule, Rules};
-use sheer_core::snapshot::{Endpoint, EndpointSet, Health, Hop, Protocol, Service, ServicePort, Snapshot, Timeouts};
+use sheer_core::snapshot::{
+    Endpoint, EndpointSet, Health, Hop, Protocol, Service, ServicePort, Snapshot, Timeouts, Workload,
+};
 use std::cell::Cell;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -472,6 +474,71 @@ async fn nobody_gets_an_identity_past_the_mesh_by_being_slow() {
             let answer = told_of(TcpStream::connect(published).await.unwrap(), parts).await;
             assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("hello\n"), "{parts:?}: {answer}");
         }
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+/// An application that would take anything, and says whether it got anything at all.
+async fn listener() -> (u16, Rc<Cell<usize>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let got = Rc::new(Cell::new(0));
+    let count = got.clone();
+    spawn_local(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let count = count.clone();
+            spawn_local(async move {
+                let mut some = [0; 1024];
+                while let Ok(read @ 1..) = stream.read(&mut some).await {
+                    count.set(count.get() + read);
+                }
+            });
+        }
+    });
+    (port, got)
+}
+
+#[tokio::test]
+async fn nobody_gets_an_identity_past_the_mesh_by_writing_badly() {
+    let test = async {
+        let (port, got) = listener().await;
+        let ca = Authority::new("mesh.internal");
+        let web = beside(&ca, "web", &[port], Mode::Permissive);
+        let published = web.door(Traffic::Published(port)).await;
+        for line in ["GET\t/ HTTP/1.1", " GET / HTTP/1.1", "GET / http/1.1", "GET /", "GET http://web/"] {
+            let request = format!("{line}\r\nHost: web\r\nX-Forwarded-Client-Cert: URI=spiffe://me\r\n\r\n");
+            let mut stream = TcpStream::connect(published).await.unwrap();
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("bad-request"), "{line:?}: {answer}");
+        }
+        assert_eq!(got.get(), 0);
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
+async fn what_is_written_of_a_workload_decides_what_its_ports_speak() {
+    let test = async {
+        let (port, got) = listener().await;
+        let ca = Authority::new("mesh.internal");
+        let web = beside(&ca, "web", &[port], Mode::Permissive);
+        let mut snapshot = Snapshot::clone(&web.proxy.snapshot.load());
+        snapshot.set_workload(Some(Workload {
+            uid: "local/proxy/default/web-1".into(),
+            identity: SpiffeId::parse("spiffe://mesh.internal/ns/default/sa/web").unwrap(),
+            services: vec![ServiceName::parse("web").unwrap()],
+            ports: vec![ServicePort { port, protocol: Protocol::Http }],
+            mode: sheer_core::snapshot::Mode::Permissive,
+            exceptions: vec![],
+        }));
+        web.proxy.snapshot.store(Arc::new(snapshot));
+        let mut stream = TcpStream::connect(web.door(Traffic::Published(port)).await).await.unwrap();
+        stream.write_all(b"QUIT\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 400") && got.get() == 0, "{answer}");
     };
     LocalSet::new().run_until(test).await;
 }

@@ -101,6 +101,19 @@ pub enum Protocol {
     Tls,
 }
 
+impl From<Protocol> for sheer_core::snapshot::Protocol {
+    fn from(declared: Protocol) -> Self {
+        match declared {
+            Protocol::Detect => Self::Detect,
+            Protocol::Http => Self::Http,
+            Protocol::Http2 => Self::Http2,
+            Protocol::Grpc => Self::Grpc,
+            Protocol::Tcp => Self::Tcp,
+            Protocol::Tls => Self::Tls,
+        }
+    }
+}
+
 /// How traffic gets to the proxy; see ARCHITECTURE.md.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
