@@ -43,6 +43,18 @@ pub fn adopt(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
+/// Whether a time service keeps this host's clock right, as far as the kernel knows (adjtimex(2)); `None` where it does
+/// not tell.
+pub fn clock_is_kept() -> Option<bool> {
+    // SAFETY: A timex is integers alone, for which zero is a value.
+    let mut state: libc::timex = unsafe { std::mem::zeroed() };
+    // SAFETY: With no mode set the call changes nothing; it writes to the struct, which is ours.
+    match unsafe { libc::adjtimex(&raw mut state) } {
+        ..0 => None,
+        _ => Some(state.status & libc::STA_UNSYNC == 0),
+    }
+}
+
 /// Lets go of the program's code as far as it has been used. It is the file's: what is used again comes back from the
 /// page cache, and what only the start needed stays away.
 ///

@@ -27,6 +27,7 @@ pub(crate) fn hidden(name: &OsStr, arguments: &[OsString]) -> Option<anyhow::Res
     match name.to_str()? {
         "__proxy" => Some(proxy::hidden()),
         "__keeper" => Some(crate::keeper::main(arguments)),
+        "__namespace" => Some(check::try_namespace()),
         "__demo-child" => Some(demo::become_child(arguments)),
         "__demo-service" => Some(sheer_demo::main(arguments).map(|()| ExitCode::SUCCESS)),
         _ => None,

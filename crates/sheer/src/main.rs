@@ -3,6 +3,7 @@
 mod cli;
 mod client;
 mod cmd;
+mod descriptors;
 mod dirs;
 mod duration;
 mod keeper;

@@ -6,6 +6,7 @@
 use comfy_table::{Attribute, Cell, CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -117,6 +118,26 @@ pub(crate) fn percent(share: f64) -> String {
 /// A rate.
 pub(crate) fn rate(per_second: f64) -> String {
     if per_second >= 9.95 || per_second == 0.0 { format!("{per_second:.0}") } else { format!("{per_second:.1}") }
+}
+
+/// How a person types this program here: its bare name where the search path leads to it, else a path.
+pub(crate) fn typed_program() -> String {
+    let Ok(program) = std::env::current_exe() else { return "sheer".to_owned() };
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|directory| directory.join("sheer")).find(|it| it.is_file());
+    let found = found.and_then(|found| found.canonicalize().ok());
+    typed(&program, found.as_deref(), std::env::current_dir().ok().as_deref())
+}
+
+fn typed(program: &Path, found: Option<&Path>, here: Option<&Path>) -> String {
+    if found == Some(program) {
+        return "sheer".to_owned();
+    }
+    match here.and_then(|here| program.strip_prefix(here).ok()) {
+        Some(below) if below.components().count() == 1 => format!("./{}", below.display()),
+        Some(below) => below.display().to_string(),
+        None => program.display().to_string(),
+    }
 }
 
 /// A sign on standard error that something takes long: shown after two seconds, and only on a terminal.
@@ -234,6 +255,16 @@ mod tests {
         assert_eq!(rate(0.0), "0");
         assert_eq!(rate(0.25), "0.2");
         assert_eq!(rate(1234.5), "1234");
+    }
+
+    #[test]
+    fn what_is_said_can_be_typed() {
+        let (built, here) = (Path::new("/src/target/quick/sheer"), Some(Path::new("/src")));
+        assert_eq!(typed(built, Some(built), here), "sheer");
+        // Another sheer is in the search path, or none.
+        assert_eq!(typed(built, Some(Path::new("/usr/bin/sheer")), here), "target/quick/sheer");
+        assert_eq!(typed(built, None, Some(Path::new("/src/target/quick"))), "./sheer");
+        assert_eq!(typed(built, None, Some(Path::new("/home"))), "/src/target/quick/sheer");
     }
 
     #[test]

@@ -23,8 +23,9 @@ const POSITIONAL_SETTINGS: &[&str] = &["service"];
 /// Flags that say where settings come from, or only print, and so are no settings.
 const NOT_SETTINGS: &[&str] = &["settings", "print-settings", "help", "version"];
 
-/// Variables with our prefix that are no settings: parts of the protocol between our own processes.
-const INTERNAL_VARIABLES: &[&str] = &["SHEER_PLAN_FD", "SHEER_SETTINGS"];
+/// Variables with our prefix that are no flags: of the protocol between our own processes, the settings file, and the
+/// binary under test.
+const INTERNAL_VARIABLES: &[&str] = &["SHEER_PLAN_FD", "SHEER_SETTINGS", "SHEER_BIN"];
 
 /// More than any settings file needs, so that a wrong path cannot fill the memory.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -632,7 +633,8 @@ mod tests {
     #[test]
     fn variables_that_set_nothing_are_told() {
         let known = known_names(&tree());
-        let variables = [("SHEER_PROT".to_owned(), "1".into()), ("SHEER_PORT".to_owned(), "1".into())];
+        // The second is a flag; the third says to tests which binary to run.
+        let variables = ["SHEER_PROT", "SHEER_PORT", "SHEER_BIN"].map(|name| (name.to_owned(), "1".into()));
         assert_eq!(
             unknown_variables(&variables, &known),
             ["the variable SHEER_PROT sets nothing; did you mean SHEER_PORT?"]

@@ -13,6 +13,8 @@ pub(crate) mod rundir;
 mod settle;
 mod signals;
 
+pub(crate) use adopt::hierarchy;
+
 use crate::cmd::run::Workload;
 use crate::dirs::{self, Dirs};
 use crate::keeper::{self, FromKeeper, ToKeeper};

@@ -321,12 +321,31 @@ fn check_says_what_why_and_how_to_mend() {
     let warn = finding(Level::Warn, "default/api-1", "its certificate was not renewed at half-life");
     let error = finding(Level::Error, "web.yaml", "is refused");
     let output = [
-        answer(vec![fine.clone()]).sheer(&["check"]),
-        answer(vec![fine.clone(), warn.clone()]).sheer(&["check"]),
-        answer(vec![fine, warn, error]).sheer(&["check"]),
-        sheer(&["check", "--api", "unix:none.sock"], "", Path::new("/")),
+        answer(vec![fine.clone()]).sheer(&["check", "--only", "mesh"]),
+        answer(vec![fine.clone(), warn.clone()]).sheer(&["check", "--only", "mesh"]),
+        answer(vec![fine, warn, error]).sheer(&["check", "--only", "mesh"]),
+        sheer(&["check", "--only", "mesh", "--api", "unix:none.sock"], "", Path::new("/")),
     ];
     insta::assert_snapshot!(output.join("\n"));
+}
+
+#[test]
+fn check_looks_at_the_host_without_a_control_plane() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let findings = |arguments: &[&str]| {
+        let text = sheer(arguments, "", directory.path());
+        let (from, to) = (text.find('{').expect("JSON"), text.rfind('}').expect("JSON"));
+        let check: Check = serde_json::from_str(&text[from..=to]).expect("a check");
+        check.findings
+    };
+    let host = findings(&["check", "--only", "host", "-o", "json"]);
+    assert!(host.iter().all(|it| it.topic == "host"), "{host:?}");
+    for subject in ["nft", "namespaces", "clock"] {
+        assert!(host.iter().any(|it| it.subject == format!("this host, {subject}")), "{subject}: {host:?}");
+    }
+    let both = findings(&["check", "-o", "json", "--api", "unix:none.sock"]);
+    assert_eq!(both[0].topic, "control-plane");
+    assert_eq!(both.len(), host.len() + 1);
 }
 
 #[test]

@@ -49,15 +49,20 @@ impl Laptop {
 
     /// The binary as the person runs it.
     fn sheer(&self, arguments: &[&str]) -> Command {
+        let mut command = self.person(&self.binary);
+        command.args(arguments);
+        command
+    }
+
+    /// A program as the person runs it.
+    fn person(&self, program: &Path) -> Command {
         let mut command = if Uid::effective().is_root() {
             let (uid, gid) = (format!("--reuid={PERSON}"), format!("--regid={PERSON}"));
             let mut command = Command::new("setpriv");
-            command
-                .args([&uid, &gid, "--clear-groups", "--", "setpriv", "--pdeathsig", "KILL", "--"])
-                .arg(&self.binary);
+            command.args([&uid, &gid, "--clear-groups", "--", "setpriv", "--pdeathsig", "KILL", "--"]).arg(program);
             command
         } else {
-            Command::new(&self.binary)
+            Command::new(program)
         };
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("SHEER_")) {
             command.env_remove(name);
@@ -65,7 +70,7 @@ impl Laptop {
         for name in ["XDG_STATE_HOME", "XDG_CONFIG_HOME", "TMPDIR"] {
             command.env_remove(name);
         }
-        command.args(arguments).current_dir(self.home.path());
+        command.current_dir(self.home.path());
         command.env("HOME", self.home.path()).env("XDG_RUNTIME_DIR", self.runtime());
         command
     }
@@ -78,6 +83,17 @@ impl Laptop {
         let mut up = self.start("up", &["up", "--api-listen", "127.0.0.1:0"])?;
         up.prints("Sheer is up.", PATIENCE)?;
         Ok(up)
+    }
+
+    /// The binary where nobody may make user namespaces.
+    fn sheer_without_namespaces(&self, arguments: &[&str]) -> Command {
+        // The limit is the namespace's own; the privileges to set it are given up before the binary starts.
+        let script = "echo 0 > /proc/sys/user/max_user_namespaces && \
+                      exec setpriv --inh-caps=-all --ambient-caps=-all -- \"$@\"";
+        let mut command = self.person(Path::new("unshare"));
+        command.args(["--user", "--map-user=1000", "--keep-caps", "sh", "-c", script, "sh"]);
+        command.arg(&self.binary).args(arguments);
+        command
     }
 
     /// What a command says that does not succeed.
@@ -184,6 +200,25 @@ fn a_second_control_plane_is_refused() -> Result<()> {
     ensure!(up.signal(Signal::SIGINT).is_ok() && up.wait(PATIENCE)?.success(), "it ends well on Ctrl-C");
     // What the first left does not keep the next from starting.
     laptop.up()?.stop()?;
+    Ok(())
+}
+
+#[test]
+fn where_namespaces_are_forbidden_the_remedy_is_named() -> Result<()> {
+    let laptop = Laptop::new()?;
+    let say = |arguments: &[&str]| -> Result<(Option<i32>, String)> {
+        let output = laptop.sheer_without_namespaces(arguments).output()?;
+        Ok((output.status.code(), String::from_utf8([output.stdout, output.stderr].concat())?))
+    };
+    let setting = "sysctl -w user.max_user_namespaces=10000";
+    let (status, said) = say(&["check", "--only", "host"])?;
+    ensure!(status == Some(0) && said.contains("works, with 1 warning") && said.contains(setting), "{status:?} {said}");
+    for command in [&["run", "api", "--port", "8081", "--", "true"][..], &["demo", "--for", "1s"]] {
+        let (status, said) = say(command)?;
+        ensure!(status == Some(1) && said.contains(setting), "{command:?}: {status:?} {said}");
+    }
+    let (_, said) = say(&["run", "api", "--", "true"])?;
+    ensure!(said.contains("'--capture env'"), "{said}");
     Ok(())
 }
 

@@ -1,6 +1,11 @@
-//! `sheer check`: is the installation healthy?
+//! `sheer check`: is the installation healthy? This machine is looked at here, the mesh by the control plane.
+
+mod host;
+
+pub(crate) use host::obstacle;
 
 use crate::client::{Absent, Connect};
+use crate::keeper::namespace::{self, Obstacle};
 use crate::output::{self, counted};
 use owo_colors::OwoColorize as _;
 use sheer_core::api::{Check, Finding, Level};
@@ -10,24 +15,41 @@ use std::process::ExitCode;
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   sheer check                # exit status 0: nothing is wrong
+  sheer check --only host    # can workloads run on this machine? needs no control plane
   sheer check -o json")]
 pub(crate) struct Args {
     /// How to print
     #[arg(short, long, default_value = "table")]
     output: output::Format,
 
+    /// Look at one of them alone: this machine, or what the control plane knows [default: both]
+    #[arg(long)]
+    only: Option<Part>,
+
     #[command(flatten)]
     connect: Connect,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// This machine; needs no control plane.
+    Host,
+    /// What the control plane knows.
+    Mesh,
+}
+
+/// The hidden command of a process that tries to make namespaces, see [`try_namespace`].
+const TRY_NAMESPACE: &str = "__namespace";
+
 /// Prints findings, worst first; the exit status is 1 when one is an error.
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let client = args.connect.client()?;
-    let mut check: Check = match client.get("/api/v1/check") {
-        Ok(check) => check,
-        Err(error) if error.is::<Absent>() => Check { level: Level::Error, findings: vec![absent(&error)] },
-        Err(error) => return Err(error),
+    let mut check = match args.only {
+        Some(Part::Host) => Check::default(),
+        _ => mesh(&args.connect)?,
     };
+    if args.only != Some(Part::Mesh) {
+        check.findings.extend(host::look()?);
+    }
     check.findings.sort_by_key(|finding| std::cmp::Reverse(finding.level));
     check.level = check.findings.iter().map(|finding| finding.level).max().unwrap_or_default();
     match args.output {
@@ -35,6 +57,19 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         output::Format::Table => report(&check)?,
     }
     Ok(if check.level == Level::Error { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn mesh(connect: &Connect) -> anyhow::Result<Check> {
+    match connect.client()?.get("/api/v1/check") {
+        Err(error) if error.is::<Absent>() => Ok(Check { level: Level::Error, findings: vec![absent(&error)] }),
+        other => other,
+    }
+}
+
+/// `sheer __namespace`: tries what a workload with a network of its own needs, and prints what is in the way, as JSON.
+pub(crate) fn try_namespace() -> anyhow::Result<ExitCode> {
+    output::json(&namespace::probe())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn absent(error: &anyhow::Error) -> Finding {

@@ -188,6 +188,8 @@ pub(crate) fn serve(
     options: Options,
     started: impl FnOnce(&ControlPlane, &Options) -> anyhow::Result<()>,
 ) -> anyhow::Result<ExitCode> {
+    // Each proxy of the mesh keeps two connections.
+    crate::descriptors::take_all();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt())?;

@@ -8,8 +8,9 @@ mod cast;
 mod stage;
 
 use crate::client::Connect;
+use crate::cmd::check;
 use crate::duration;
-use crate::output::Progress;
+use crate::output::{Progress, typed_program};
 use anyhow::{Context as _, bail};
 use cast::Member;
 use owo_colors::OwoColorize as _;
@@ -67,6 +68,9 @@ fn require(programs: &[(&str, &str)]) -> anyhow::Result<()> {
                 "the demonstration needs {program}, which is not installed; on Debian: sudo apt-get install {package}"
             );
         }
+    }
+    if let Some(obstacle) = check::obstacle() {
+        bail!("the demonstration's services cannot have networks of their own: {}; {}", obstacle.why, obstacle.mend);
     }
     Ok(())
 }
@@ -138,7 +142,7 @@ fn perform(args: &Args, stage: &mut Stage, signals: &mpsc::Receiver<()>) -> anyh
 
     let link: Option<Link> = client.post("/api/v1/links", &()).ok();
     let page = link.map_or_else(|| "sheer stat".to_owned(), |link| link.url);
-    anstream::println!("{}", cast::what_next(shop, &page, &work.join("canary")));
+    anstream::println!("{}", cast::what_next(&typed_program(), shop, &page, &work.join("canary")));
     watch(args.duration, stage, signals, &counts);
     stage.end(load.name, END);
     conclude(stage, &current(&counts))

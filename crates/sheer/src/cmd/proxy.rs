@@ -2,7 +2,7 @@
 //! supervisor starts.
 
 use super::run::Workload;
-use crate::{logging, supervise};
+use crate::{descriptors, logging, supervise};
 use anyhow::Context;
 use std::fs::File;
 use std::process::ExitCode;
@@ -28,6 +28,7 @@ pub(crate) fn hidden() -> anyhow::Result<ExitCode> {
     logging::start_as_told()?;
     // Two megabytes at a time is much for a process of ten; without the setting a proxy is only larger.
     let _ = nix::sys::prctl::set_thp_disable(true);
+    descriptors::take_all();
     let number = std::env::var("SHEER_PLAN_FD").ok().and_then(|text| text.parse().ok());
     let number = number.context("__proxy is started by 'sheer run' and 'sheer proxy' alone")?;
     let file = File::from(sheer_proxy::platform::adopt(number)?);

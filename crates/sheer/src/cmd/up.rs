@@ -56,14 +56,20 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         for (name, value, remark) in rows {
             text.push_str(&format!("  {name:8} {value}\n           {}\n", remark.dimmed()));
         }
-        text.push_str(NEXT);
+        text.push_str(&next(&output::typed_program()));
         output::print(&text)
     })
 }
 
-const NEXT: &str = "
-Next, in other terminals:
-  sheer run api --port 8081 -- python3 -m http.server 8081
-  sheer run web --port 8080 --publish 8080 -- COMMAND      # calls http://api/, is reached at localhost:8080
-  sheer stat                                               # who talks to whom, how well
-Ctrl-C ends the control plane; running services go on without it.";
+/// What to type next.
+fn next(sheer: &str) -> String {
+    let line = |command: &str, remark: &str| format!("  {:72} {}\n", format!("{sheer} {command}"), remark.dimmed());
+    [
+        "\nNext, in other terminals:\n".to_owned(),
+        line("run api --port 8081 -- python3 -m http.server 8081", ""),
+        line("run web --port 8080 --publish 8080 -- python3 -m http.server 8080", "calls http://api/"),
+        line("stat", "who talks to whom, how well"),
+        "Ctrl-C ends the control plane; running services go on without it.".to_owned(),
+    ]
+    .concat()
+}

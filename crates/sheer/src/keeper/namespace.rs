@@ -218,18 +218,47 @@ fn free_port(wanted: u16, used: &[u16]) -> u16 {
     (wanted..).find(|port| !used.contains(port)).unwrap_or(wanted)
 }
 
+/// Why a workload cannot have a network of its own here, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Obstacle {
+    /// What was refused.
+    pub(crate) why: String,
+    /// The setting to change.
+    pub(crate) mend: String,
+}
+
+/// Tries what every workload with a network of its own needs, in the process that calls it, which should end then: the
+/// namespaces, their interface, and rules unless `nft` is missing. Nothing of it is seen from outside.
+pub(crate) fn probe() -> Option<Obstacle> {
+    let attempt = || {
+        enter()?;
+        network(&mut Joined::default()).context("cannot set up the namespace's network")?;
+        if crate::nft::find().is_err() {
+            return Ok(());
+        }
+        let rules = rules::Namespace { outbound: OUTBOUND, dns: DNS, host_ports: &[], loopback_dns: false };
+        crate::nft::apply(&rules.ruleset())
+    };
+    let error: anyhow::Error = attempt().err()?;
+    Some(Obstacle { why: format!("{error:#}"), mend: remedy_here().to_owned() })
+}
+
 /// The error, and what of this machine's settings explains it.
 fn with_remedy(error: &anyhow::Error) -> anyhow::Error {
+    let remedy = remedy_here();
+    anyhow!("{error:#}: {remedy}; or use '--capture env', which needs no privileges but captures less")
+}
+
+fn remedy_here() -> &'static str {
     let setting = |name: &str| {
         fs::read_to_string(format!("/proc/sys/{name}")).ok().and_then(|text| text.trim().parse::<u64>().ok())
     };
-    let remedy = remedy(
+    remedy(
         nix::unistd::geteuid().is_root(),
         setting("kernel/unprivileged_userns_clone"),
         setting("user/max_user_namespaces"),
         setting("kernel/apparmor_restrict_unprivileged_userns"),
-    );
-    anyhow!("{error:#}: {remedy}; or use '--capture env', which needs no privileges but captures less")
+    )
 }
 
 fn remedy(root: bool, userns_clone: Option<u64>, max: Option<u64>, apparmor: Option<u64>) -> &'static str {

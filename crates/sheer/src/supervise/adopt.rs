@@ -39,7 +39,7 @@ impl Cgroup {
             bail!("--unit {unit}: give a unit's name, such as nginx.service");
         }
         let unit = if unit.contains('.') { unit.to_owned() } else { format!("{unit}.service") };
-        let mount = mount()?;
+        let mount = hierarchy()?;
         // systemd is not asked, so that this works where its socket is out of reach; groups bear their units' names.
         let path = search(&mount, &unit, 5).unwrap_or_else(|| mount.join("system.slice").join(&unit));
         let path = path.strip_prefix(&mount).unwrap_or(&path).to_owned();
@@ -48,7 +48,7 @@ impl Cgroup {
 
     /// The group at a path, as in /proc/PID/cgroup or below the mount.
     pub(super) fn of_path(path: &str) -> Result<Self> {
-        let mount = mount()?;
+        let mount = hierarchy()?;
         let plain = Path::new(path).strip_prefix(&mount).unwrap_or(Path::new(path));
         let plain: PathBuf = plain.strip_prefix("/").unwrap_or(plain).to_owned();
         let normal = plain.components().all(|part| matches!(part, std::path::Component::Normal(_)));
@@ -76,7 +76,8 @@ impl Cgroup {
     }
 }
 
-fn mount() -> Result<PathBuf> {
+/// Where the unified control group hierarchy is.
+pub(crate) fn hierarchy() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     let unified = mounts.lines().filter_map(|line| {
         let (front, back) = line.split_once(" - ")?;
@@ -243,7 +244,7 @@ mod tests {
 
     #[test]
     fn paths_of_groups() {
-        let Ok(mount) = mount() else { return };
+        let Ok(mount) = hierarchy() else { return };
         let group = Cgroup::of_path("/system.slice/web.service").unwrap();
         assert_eq!(group, Cgroup { mount: mount.clone(), path: "system.slice/web.service".into() });
         assert!(matches!(group.scope(), Scope::Cgroup { level: 2, .. }));

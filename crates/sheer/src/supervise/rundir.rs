@@ -243,6 +243,17 @@ pub(crate) fn sweep(runs: &Path) -> Result<Vec<String>> {
     failed.map_or(Ok(swept), Err)
 }
 
+/// The names of workloads whose supervisor has died and left something.
+pub(crate) fn dead(runs: &Path) -> Vec<String> {
+    let entries = fs::read_dir(runs).into_iter().flatten().flatten();
+    // One without a record is only just being made, or is held by nobody and empty.
+    let dead =
+        entries.filter(|entry| read(&entry.path()).is_ok_and(|record| !record.supervisor.is_some_and(Process::lives)));
+    let mut names: Vec<String> = dead.map(|entry| entry.file_name().to_string_lossy().replacen('_', "/", 1)).collect();
+    names.sort();
+    names
+}
+
 /// What the directory of a running workload says.
 ///
 /// # Errors
@@ -308,6 +319,19 @@ mod tests {
         drop(again);
         assert_eq!(sweep(runs.path()).unwrap(), ["default/web-1"]);
         assert!(!runs.path().join("default_web-1").exists());
+    }
+
+    #[test]
+    fn the_dead_are_told_from_the_living() {
+        let runs = tempfile::tempdir().unwrap();
+        let this = Process::of(std::process::id().cast_signed()).unwrap();
+        for (name, began) in [("living", this.began), ("dead", this.began + 1)] {
+            let (run, _) = RunDir::claim(runs.path(), "default", "x", Some(name)).unwrap();
+            run.write(&Record { supervisor: Some(Process { began, ..this }), ..Record::default() }).unwrap();
+        }
+        RunDir::claim(runs.path(), "default", "x", Some("young")).unwrap();
+        assert_eq!(dead(runs.path()), ["default/dead"]);
+        assert!(dead(&runs.path().join("none")).is_empty());
     }
 
     #[test]

@@ -169,21 +169,29 @@ impl Member {
     }
 }
 
-/// What to look at and what to type.
-pub(super) fn what_next(shop: u16, page: &str, canary: &Path) -> String {
+/// What to look at and what to type; `sheer` is how this program is typed here.
+pub(super) fn what_next(sheer: &str, shop: u16, page: &str, canary: &Path) -> String {
     let canary = canary.display();
-    let line = |command: &str, remark: &str| format!("  {:58} {}\n", command.bold(), remark.dimmed());
-    let mut text = String::from("\n");
-    text += &format!("The shop   http://localhost:{shop}/\nThe mesh   {page}\n\nIn another terminal:\n");
-    text += &line("sheer edges", "who calls whom, how well, encrypted");
-    text += &line("sheer stat", "each service");
-    text += &line(&format!("sheer apply -f {canary}/90-10.yaml"), "a tenth of the reviews from v2; then 50-50, 0-100");
-    text += &line(&format!("curl -s localhost:{shop}/api/items/net"), "which version answered?");
-    text += &line("pkill -f 'demo-service cart'", "kill a service ...");
-    text += &line(&format!("curl -i localhost:{shop}/api/cart/ada"), "... and read why");
-    text += &line("sheer check", "what is wrong, why, how to mend it");
-    text += &line("sheer run hello --port 9999 -- python3 -m http.server 9999", "your own process; then:");
-    text += &line("sheer exec web -- curl -s http://hello/", "as web sees it");
+    let lines = [
+        (format!("{sheer} edges"), "who calls whom, how well, encrypted"),
+        (format!("{sheer} stat"), "each service"),
+        (format!("{sheer} apply -f {canary}/90-10.yaml"), "a tenth of the reviews from v2; then 50-50, 0-100"),
+        (format!("curl -s localhost:{shop}/api/items/net"), "which version answered?"),
+        ("pkill -f 'demo-service cart'".to_owned(), "kill a service ..."),
+        (format!("curl -i localhost:{shop}/api/cart/ada"), "... and read why"),
+        (format!("{sheer} check"), "what is wrong, why, how to mend it"),
+        (format!("{sheer} run hello --port 9999 -- python3 -m http.server 9999"), "your own process; then:"),
+        (format!("{sheer} exec web -- curl -s http://hello/"), "as web sees it"),
+    ];
+    let width = lines.iter().map(|(command, _)| command.len()).max().unwrap_or(0);
+    let mut text = format!("\nThe shop   http://localhost:{shop}/\nThe mesh   {page}\n");
+    text += "           (opens once, within a minute; then 'sheer dashboard' prints another link)\n"
+        .replace("sheer", sheer)
+        .as_str();
+    text += "\nIn another terminal:\n";
+    for (command, remark) in &lines {
+        text += &format!("  {}{:space$}  {}\n", command.bold(), "", remark.dimmed(), space = width - command.len());
+    }
     text
 }
 
@@ -201,6 +209,16 @@ mod tests {
         let reviews = services.iter().filter(|member| member.service == "reviews");
         assert!(reviews.clone().all(|member| member.flags.iter().any(|flag| flag.starts_with("version="))));
         assert_eq!(reviews.count(), 2);
+    }
+
+    #[test]
+    fn what_to_type_lines_up_and_names_the_program() {
+        let text = what_next("target/quick/sheer", 8081, "http://127.0.0.1:1/", Path::new("/tmp/d/canary"));
+        let text = anstream::adapter::strip_str(&text).to_string();
+        assert!(text.contains("  target/quick/sheer apply -f /tmp/d/canary/90-10.yaml"), "{text}");
+        assert!(text.contains("localhost:8081/api/items/net") && !text.contains(" sheer "), "{text}");
+        let column = |remark: &str| text.lines().find_map(|line| line.find(remark)).expect("the remark");
+        assert_eq!(column("each service"), column("your own process"));
     }
 
     #[test]
