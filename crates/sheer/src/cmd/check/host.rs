@@ -82,7 +82,7 @@ pub(crate) fn obstacle() -> Option<Obstacle> {
 fn free(path: &Path) -> Option<u64> {
     let there = path.ancestors().find(|above| above.is_dir())?;
     let found = nix::sys::statvfs::statvfs(there).ok()?;
-    Some(u64::from(found.blocks_available()).saturating_mul(found.fragment_size()))
+    Some(found.blocks_available().saturating_mul(found.fragment_size()))
 }
 
 fn findings(facts: &Facts) -> Vec<Finding> {
