@@ -36,17 +36,20 @@ pub struct Answer {
     tunnel: Option<Tunnel>,
 }
 
-/// The other end of a connection that becomes a tunnel.
+/// The other end of a connection that becomes a tunnel after a 101.
 #[derive(Debug)]
-struct Tunnel {
+pub struct Tunnel {
     upstream: Upgraded,
     record: Record,
 }
 
 impl Answer {
-    /// The response alone, for a connection that cannot become a tunnel.
-    pub fn into_response(self) -> Response {
-        self.response
+    /// What the HTTP/1 loop makes of it.
+    pub fn into_outcome(self) -> Outcome<Tunnel> {
+        match self.tunnel {
+            Some(tunnel) => Outcome::Tunnel(self.response, tunnel),
+            None => Outcome::Response(self.response),
+        }
     }
 
     /// The connection closes after it.
@@ -153,13 +156,7 @@ where
         tokio::time::sleep(LAST_CALL).await;
     };
     let options = h1::server::Options::default();
-    let service = async |request| {
-        let Answer { response, tunnel } = service(request).await;
-        match tunnel {
-            Some(tunnel) => Outcome::Tunnel(response, tunnel),
-            None => Outcome::Response(response),
-        }
-    };
+    let service = async |request| service(request).await.into_outcome();
     match h1::server::serve(io, prefix, &options, stop, service).await {
         Ok(Ended::Closed) => {}
         Ok(Ended::Tunnel(client, tunnel)) => carry(client, tunnel).await,
@@ -172,7 +169,8 @@ where
     }
 }
 
-async fn carry(client: Upgraded, tunnel: Tunnel) {
+/// Carries what a client and an endpoint say to each other once they have switched.
+pub async fn carry(client: Upgraded, tunnel: Tunnel) {
     let Tunnel { upstream, mut record } = tunnel;
     let (mut near, mut far) = (client.io, upstream.io);
     let (read_near, read_far): (Bytes, Bytes) = (client.read.freeze(), upstream.read.freeze());

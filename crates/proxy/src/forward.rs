@@ -5,7 +5,7 @@
 
 use crate::body::{Body, Request, Response};
 use crate::capture::owner;
-use crate::connection::Spoken;
+use crate::connection::{self, Spoken, Tunnel};
 use crate::h1;
 use crate::h1::server::{Ended, Options, Outcome};
 use crate::io::Io;
@@ -51,6 +51,14 @@ fn is_own_user(worker: &Worker, stream: &TcpStream) -> bool {
     owner::of_peer(peer, local).is_ok_and(|found| found == user)
 }
 
+/// Where a connection leads that has become a tunnel.
+enum Far {
+    /// To where CONNECT asked for.
+    Asked(Destination),
+    /// To the endpoint that switched protocols.
+    Switched(Tunnel),
+}
+
 async fn http(worker: Rc<Worker>, io: Io) {
     let own = worker.clone();
     let service = async move |mut request: Request| {
@@ -66,19 +74,24 @@ async fn http(worker: Rc<Worker>, io: Io) {
         let destination = outbound::named(&own, head.host(), port).await;
         match destination {
             Destination::Nowhere(_) => {}
-            destination if connect => return Outcome::Tunnel(plain(StatusCode::OK), destination),
+            destination if connect => return Outcome::Tunnel(plain(StatusCode::OK), Far::Asked(destination)),
             _ => {}
         }
-        Outcome::Response(outbound::serve(&own, &destination, request).await.into_response())
+        match outbound::serve(&own, &destination, request).await.into_outcome() {
+            Outcome::Tunnel(response, tunnel) => Outcome::Tunnel(response, Far::Switched(tunnel)),
+            Outcome::Response(response) => Outcome::Response(response),
+            Outcome::Close => Outcome::Close,
+        }
     };
     let mut drain = worker.drain();
     let stop = async move { drain.reached(crate::drain::Phase::Closing).await };
     let options = Options { forward_proxy: true, ..Options::default() };
     match h1::server::serve(io, BytesMut::new(), &options, stop, service).await {
         Ok(Ended::Closed) => {}
-        Ok(Ended::Tunnel(client, destination)) => {
+        Ok(Ended::Tunnel(client, Far::Asked(destination))) => {
             outbound::converse(worker, client.io, client.read, destination).await;
         }
+        Ok(Ended::Tunnel(client, Far::Switched(tunnel))) => connection::carry(client, tunnel).await,
         Err(error) => {
             if let Some(refusal) = error.refusal() {
                 outbound::unread(&worker, Spoken::Http1).refused(refusal.status, refusal.cause);

@@ -732,38 +732,46 @@ async fn a_service_that_the_control_plane_does_not_tell_of_fails_after_a_second(
     LocalSet::new().run_until(test).await;
 }
 
-#[tokio::test]
-async fn a_connection_becomes_a_tunnel() {
-    let test = async {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        spawn_local(async move {
-            let (mut stream, _) = listener.accept().await.unwrap();
-            let mut head = Vec::new();
-            while !head.ends_with(b"\r\n\r\n") {
-                stream.read_buf(&mut head).await.unwrap();
-            }
-            stream
-                .write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n")
-                .await
-                .unwrap();
-            let (mut read, mut write) = stream.split();
-            let _ = tokio::io::copy(&mut read, &mut write).await;
-        });
-        let (_api, web, door) = two(Protocol::Http, port).await;
-        let mut stream = TcpStream::connect(door).await.unwrap();
-        let request = b"GET / HTTP/1.1\r\nHost: web\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n";
-        stream.write_all(request).await.unwrap();
+/// An application that switches to an echo.
+async fn switching() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    spawn_local(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             stream.read_buf(&mut head).await.unwrap();
         }
-        assert!(head.starts_with(b"HTTP/1.1 101"));
-        stream.write_all(b"ping").await.unwrap();
-        let mut echo = [0; 4];
-        stream.read_exact(&mut echo).await.unwrap();
-        assert_eq!(&echo, b"ping");
-        drop(stream);
+        stream
+            .write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n")
+            .await
+            .unwrap();
+        let (mut read, mut write) = stream.split();
+        let _ = tokio::io::copy(&mut read, &mut write).await;
+    });
+    port
+}
+
+/// Asks for the echo and uses it.
+async fn switch(door: SocketAddr, request: &str) {
+    let mut stream = TcpStream::connect(door).await.unwrap();
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        assert!(stream.read_buf(&mut head).await.unwrap() > 0, "{}", String::from_utf8_lossy(&head));
+    }
+    assert!(head.starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&head));
+    stream.write_all(b"ping").await.unwrap();
+    let mut echo = [0; 4];
+    stream.read_exact(&mut echo).await.unwrap();
+    assert_eq!(&echo, b"ping");
+}
+
+#[tokio::test]
+async fn a_connection_becomes_a_tunnel() {
+    let test = async {
+        let (_api, web, door) = two(Protocol::Http, switching().await).await;
+        switch(door, "GET / HTTP/1.1\r\nHost: web\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n").await;
         until("the tunnel is counted", || web.counted() == [("default/api>default/web".into(), 101, String::new(), 1)])
             .await;
     };
@@ -776,36 +784,66 @@ fn bodies_stay_small() {
     assert!(size_of::<Body>() <= 96, "{}", size_of::<Body>());
 }
 
+/// The forward proxy of `api`, with a password.
+async fn forward_door(api: &Beside) -> SocketAddr {
+    let mut plan = plan("api", &[], Mode::Strict);
+    plan.env_credentials = Some(plan::Credentials { user: "u".into(), password: "p".into() });
+    let old = &api.proxy;
+    let proxy = Proxy {
+        plan,
+        snapshot: old.snapshot.clone(),
+        demand: old.demand.clone(),
+        credentials: old.credentials.clone(),
+        metrics: old.metrics.clone(),
+        endpoints: old.endpoints.clone(),
+        drain: old.drain.clone(),
+        inside: None,
+        listening: None,
+    };
+    let worker = Rc::new(Worker::new(Arc::new(proxy), None).unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let door = listener.local_addr().unwrap();
+    spawn_local(accept(worker, listener, Traffic::Forward, Open::default()));
+    door
+}
+
+#[tokio::test]
+async fn a_connection_through_the_forward_proxy_becomes_a_tunnel() {
+    let test = async {
+        const UPGRADE: &str = "Connection: upgrade\r\nUpgrade: echo\r\n";
+        let password = "Proxy-Authorization: Basic dTpw\r\n";
+        let (api, web, _) = two(Protocol::Http, switching().await).await;
+        let door = forward_door(&api).await;
+        switch(door, &format!("GET http://web/ HTTP/1.1\r\nHost: web\r\n{password}{UPGRADE}\r\n")).await;
+        until("the tunnel is counted", || web.counted() == [("default/api>default/web".into(), 101, String::new(), 1)])
+            .await;
+        // A tunnel in a tunnel: CONNECT, then an upgrade inside it.
+        let (api, web, _) = two(Protocol::Http, switching().await).await;
+        let mut stream = TcpStream::connect(forward_door(&api).await).await.unwrap();
+        let connect = format!("CONNECT web:80 HTTP/1.1\r\nHost: web:80\r\n{password}\r\n");
+        let inner = format!("GET / HTTP/1.1\r\nHost: web\r\n{UPGRADE}\r\n");
+        stream.write_all(format!("{connect}{inner}").as_bytes()).await.unwrap();
+        let mut heads = Vec::new();
+        while heads.windows(4).filter(|it| it == b"\r\n\r\n").count() < 2 {
+            assert!(stream.read_buf(&mut heads).await.unwrap() > 0, "{}", String::from_utf8_lossy(&heads));
+        }
+        stream.write_all(b"ping").await.unwrap();
+        let mut echo = [0; 4];
+        stream.read_exact(&mut echo).await.unwrap();
+        assert_eq!(&echo, b"ping");
+        drop(stream);
+        until("the tunnel is counted", || web.counted() == [("default/api>default/web".into(), 101, String::new(), 1)])
+            .await;
+    };
+    LocalSet::new().run_until(test).await;
+}
+
 #[tokio::test]
 async fn the_forward_proxy_serves_names_of_the_mesh_with_the_password() {
     let test = async {
         let port = application("hello").await;
         let (api, _web, _) = two(Protocol::Http, port).await;
-        let mut plan = plan("api", &[], Mode::Strict);
-        plan.env_credentials = Some(plan::Credentials { user: "u".into(), password: "p".into() });
-        let (_leave, drain) = drain::channel();
-        let old = &api.proxy;
-        let proxy = Proxy {
-            plan,
-            snapshot: old.snapshot.clone(),
-            demand: old.demand.clone(),
-            credentials: old.credentials.clone(),
-            metrics: old.metrics.clone(),
-            endpoints: Arc::new(Table::default()),
-            drain,
-            inside: None,
-            listening: None,
-        };
-        let web = ServiceName::parse("web").unwrap();
-        let live = old.endpoints.get(&web).unwrap().load_full().unwrap();
-        let endpoint = live.of_port(80)[0].endpoint.clone();
-        let set = EndpointSet::new(live.identities.to_vec(), vec![endpoint]);
-        proxy.endpoints.set(&web, Arc::new(set));
-        let worker = Rc::new(Worker::new(Arc::new(proxy), None).unwrap());
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let door = listener.local_addr().unwrap();
-        spawn_local(accept(worker, listener, Traffic::Forward, Open::default()));
-
+        let door = forward_door(&api).await;
         let exchange = async |request: &[u8]| {
             let mut stream = TcpStream::connect(door).await.unwrap();
             stream.write_all(request).await.unwrap();

@@ -101,6 +101,10 @@ pub(crate) fn request(bytes: &mut BytesMut, forward_proxy: bool) -> Result<Optio
     let target = place.range(target.as_bytes());
     let authority = fields.authority(version, &form, &place, target.clone())?;
     let framing = fields.request_framing(version).map_err(bad)?;
+    if method == Method::CONNECT && framing != Framing::None {
+        // What follows would be a body to one reader and the tunnel's first bytes to another (RFC 9110, section 9.3.6).
+        return Err(bad("CONNECT with a body"));
+    }
     let expects_continue = fields.expects_continue && version == Version::Http11;
     let keep_alive = fields.keep_alive(version);
     let upgrade = fields.upgrade && version == Version::Http11 && framing == Framing::None && !fields.upgrades_h2c;

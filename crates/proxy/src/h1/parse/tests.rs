@@ -124,7 +124,12 @@ fn connect_is_for_forward_proxies() {
     assert_eq!(parse(input).unwrap_err().status, StatusCode::METHOD_NOT_ALLOWED);
     let parsed = request(&mut BytesMut::from(&input[..]), true).unwrap().unwrap();
     assert_eq!((parsed.head.authority(), parsed.head.target()), ("api:443", ""));
-    for wrong in ["CONNECT api HTTP/1.1\r\nHost: api\r\n\r\n", "CONNECT / HTTP/1.1\r\nHost: api\r\n\r\n"] {
+    for wrong in [
+        "CONNECT api HTTP/1.1\r\nHost: api\r\n\r\n",
+        "CONNECT / HTTP/1.1\r\nHost: api\r\n\r\n",
+        "CONNECT api:443 HTTP/1.1\r\nHost: api:443\r\nContent-Length: 5\r\n\r\n",
+        "CONNECT api:443 HTTP/1.1\r\nHost: api:443\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ] {
         assert!(request(&mut BytesMut::from(wrong), true).is_err(), "{wrong}");
     }
 }
