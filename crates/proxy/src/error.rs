@@ -158,7 +158,9 @@ fn what(cause: Cause) -> &'static str {
         }
         Cause::Draining => "This workload is leaving; the request was not processed",
         Cause::Overloaded => "A limit of the proxy is reached",
-        Cause::Loop => "The request goes in a circle",
+        Cause::Loop => {
+            "What a proxy delivered to an application arrived at a proxy's door for calls: it goes in a circle"
+        }
         Cause::NoIdentity => "The proxy has no valid certificate",
         Cause::IdentityMismatch => "Whoever answered is not one of the service's identities",
         Cause::TlsFailed => "The TLS handshake with the endpoint failed",
@@ -192,7 +194,7 @@ fn next(cause: Cause) -> &'static str {
         Cause::NoEndpoint => "Start a workload for the service, or see with 'sheer stat' why none is ready.",
         Cause::ControlPlaneAway => "'sheer check' shows whether the control plane can be reached; then try again.",
         Cause::Draining | Cause::Overloaded => "Try again.",
-        Cause::Loop => "Let the service call another one than itself.",
+        Cause::Loop => "Give the workload the port that its application listens on: this one is a proxy's.",
         Cause::Deadline => "Make the service faster, or the route's timeout longer.",
         Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => {
             "See whether the application listens there: 'sheer check', 'sheer stat'."

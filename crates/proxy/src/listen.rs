@@ -1,13 +1,16 @@
 //! Accepting connections, and knowing when the last one is gone.
 
+use crate::capture::rules::{DELIVERY_V4, DELIVERY_V6};
 use crate::forward;
 use crate::inbound;
 use crate::outbound;
 use crate::plan::Role;
 use crate::worker::Worker;
+use sheer_core::cause::Cause;
 use sheer_core::name::ServiceName;
 use std::cell::Cell;
 use std::io;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -94,11 +97,11 @@ pub async fn accept(worker: Rc<Worker>, listener: TcpListener, traffic: Traffic,
     }
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, from)) => {
                 let (worker, traffic, one) = (worker.clone(), traffic.clone(), open.one());
                 tokio::task::spawn_local(async move {
                     let _one = one;
-                    serve(worker, stream, traffic).await;
+                    serve(worker, stream, from, traffic).await;
                 });
             }
             Err(error) if is_about_one_connection(&error) => {}
@@ -110,11 +113,14 @@ pub async fn accept(worker: Rc<Worker>, listener: TcpListener, traffic: Traffic,
     }
 }
 
-async fn serve(worker: Rc<Worker>, stream: TcpStream, traffic: Traffic) {
+async fn serve(worker: Rc<Worker>, stream: TcpStream, from: SocketAddr, traffic: Traffic) {
     if stream.set_nodelay(true).is_err() {
         return; // It is gone already.
     }
     match traffic {
+        Traffic::Outbound | Traffic::Upstream(..) | Traffic::Forward if is_delivery(from) => {
+            outbound::refuse(worker, stream, Cause::Loop).await;
+        }
         Traffic::Outbound => outbound::accept(worker, stream, outbound::Asked::Original).await,
         Traffic::Upstream(service, port) => {
             outbound::accept(worker, stream, outbound::Asked::Service(service, port)).await;
@@ -123,6 +129,12 @@ async fn serve(worker: Rc<Worker>, stream: TcpStream, traffic: Traffic) {
         Traffic::Inbound => inbound::accept(worker, stream).await,
         Traffic::Published(port) => inbound::accept_published(worker, stream, port).await,
     }
+}
+
+/// Whether a proxy delivers this to what it takes for an application. Nobody else comes from there: at a door for the
+/// workload's own calls it is on its way through the mesh again, and may go round for ever.
+fn is_delivery(from: SocketAddr) -> bool {
+    from.ip() == DELIVERY_V4 || from.ip() == DELIVERY_V6
 }
 
 /// The connection was gone before it was accepted (accept(2)): the next one may be well.

@@ -74,6 +74,11 @@ pub(crate) async fn converse(worker: Rc<Worker>, mut io: Io, mut prefix: BytesMu
 fn destination(worker: &Worker, stream: &TcpStream, asked: Asked) -> Destination {
     let snapshot = worker.snapshot();
     let address = match asked {
+/// Refuses a connection, in the client's own words where it speaks HTTP.
+pub async fn refuse(worker: Rc<Worker>, stream: TcpStream, cause: Cause) {
+    converse(worker, Io::Plain(stream), BytesMut::new(), Destination::Nowhere(cause)).await;
+}
+
         Asked::Service(name, port) => return of_service(snapshot.service(&name), port),
         Asked::Original => match original_destination(stream) {
             Some(address) => SocketAddr::new(address.ip().to_canonical(), address.port()),

@@ -12,14 +12,11 @@ use std::sync::Mutex;
 use tokio::net::TcpSocket;
 
 /// Causes that nothing can raise yet, and why.
-const UNRAISED: &[(Cause, &str, &str)] = &[
-    (
-        Cause::Overloaded,
-        "Overloaded",
-        "limits of the proxy itself are not built yet; the log of a full proxy is its kernel's",
-    ),
-    (Cause::Loop, "Loop", "requests carry no mark of the proxies they have passed yet"),
-];
+const UNRAISED: &[(Cause, &str, &str)] = &[(
+    Cause::Overloaded,
+    "Overloaded",
+    "limits of the proxy itself are not built yet; the log of a full proxy is its kernel's",
+)];
 
 macro_rules! provoked {
     ($($test:ident: $cause:ident;)*) => {
@@ -49,6 +46,7 @@ provoked! {
     no_endpoint: NoEndpoint;
     control_plane_away: ControlPlaneAway;
     draining: Draining;
+    circle: Loop;
     no_identity: NoIdentity;
     identity_mismatch: IdentityMismatch;
     tls_failed: TlsFailed;
@@ -400,6 +398,28 @@ mod provoke {
 
     /// The head has left: no header can tell it, the connection's end does.
     pub(super) async fn response_truncated(cause: Cause) {
+    /// A workload whose port is a door for calls to itself.
+    pub(super) async fn circle(cause: Cause) {
+        let ca = Authority::new("mesh.internal");
+        let api = side(&ca, "api", &[]);
+        let door = api.door(upstream("web")).await;
+        let web = side(&ca, "web", &[door.port()]);
+        api.knows("default/web", Protocol::Detect, &[(web.door(Traffic::Inbound).await, door.port())]);
+        let answer = get(door, "/").await;
+        assert!(answer.starts_with("HTTP/1.1 508"), "{answer}");
+        let looped = || api.reasons().iter().filter(|it| *it == cause.reason()).count();
+        until("it is told once, and not in rounds", || looped() == 1).await;
+        // The door itself says why.
+        let (api, door) = alone(&[]).await;
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(([127, 0, 0, 6], 0).into()).unwrap();
+        let mut stream = socket.connect(door).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        api.answered(&answer, cause).await;
+    }
+
         let said = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc";
         let (api, web, door) = pair(Protocol::Http, saying(Some(said)).await).await;
         let answer = get(door, "/").await;
