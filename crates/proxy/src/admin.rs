@@ -47,7 +47,8 @@ pub struct Inspection {
 }
 
 impl Inspection {
-    /// Serves `/metrics`, `/ready` and `/live` until the future is dropped.
+    /// Serves `/metrics`, `/ready` and `/live` until the future is dropped; the latter two also by the names that
+    /// Kubernetes gives them.
     pub async fn serve_metrics(self: Arc<Self>, listener: TcpListener) {
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
@@ -95,10 +96,12 @@ impl Inspection {
         }
         match request.uri().path() {
             "/metrics" => with_type(StatusCode::OK, CONTENT_TYPE, self.metrics.exposition()),
-            "/live" => text(StatusCode::OK, "live\n"),
-            "/ready" if self.drain.is_told() => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
-            "/ready" if *self.serving.borrow() => text(StatusCode::OK, "ready\n"),
-            "/ready" => text(StatusCode::SERVICE_UNAVAILABLE, "waiting for certificate and configuration\n"),
+            "/live" | "/livez" => text(StatusCode::OK, "live\n"),
+            "/ready" | "/readyz" if self.drain.is_told() => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+            "/ready" | "/readyz" if *self.serving.borrow() => text(StatusCode::OK, "ready\n"),
+            "/ready" | "/readyz" => {
+                text(StatusCode::SERVICE_UNAVAILABLE, "waiting for certificate and configuration\n")
+            }
             "/config_dump" if whole => with_type(StatusCode::OK, "application/json", format!("{:#}\n", self.dump())),
             _ if whole => text(StatusCode::NOT_FOUND, "there is /config_dump, /metrics, /ready and /live\n"),
             _ => text(StatusCode::NOT_FOUND, "there is /metrics, /ready and /live\n"),
@@ -268,9 +271,10 @@ mod tests {
         assert_eq!((ask("/live").await, ask("/ready").await), (200, 503));
         serving.send_replace(true);
         assert_eq!((ask("/ready").await, ask("/metrics").await), (200, 200));
+        assert_eq!((ask("/readyz").await, ask("/livez").await), (200, 200));
         assert_eq!((ask("/config_dump").await, ask("/").await), (404, 404));
         signal.set(drain::Phase::Told);
-        assert_eq!((ask("/live").await, ask("/ready").await), (200, 503));
+        assert_eq!((ask("/live").await, ask("/ready").await, ask("/readyz").await), (200, 503, 503));
         task.abort();
     }
 

@@ -120,13 +120,13 @@ fn reason(error: &RequestError, told: &Told<'_>) -> String {
 
 fn text(error: &RequestError, told: &Told<'_>, reason: &str) -> String {
     let who = match error.cause.side() {
-        Side::Client => "the request",
+        Side::Client => "the caller's request",
         Side::Mesh => "the mesh",
         Side::Upstream => "the service behind the mesh",
     };
     let mut text = format!("sheer: {reason}\n");
     if told.audience == Audience::Mesh {
-        text.push_str(&format!("{} ({who}).\n", what(error.cause)));
+        text.push_str(&format!("{}. The fault lies with {who}.\n", what(error.cause)));
         let mut source = error.source.as_deref().map(|it| it as &dyn std::error::Error);
         while let Some(inner) = source {
             text.push_str(&format!("  {inner}\n"));
@@ -191,7 +191,9 @@ fn next(cause: Cause) -> &'static str {
         Cause::UnknownDestination | Cause::UnknownPort => "'sheer get services' lists services and ports.",
         Cause::DestinationForbidden => "Use the service's name instead of an address of the proxy.",
         Cause::NoRoute | Cause::NoBackend => "'sheer get httproute' shows the rules.",
-        Cause::NoEndpoint => "Start a workload for the service, or see with 'sheer stat' why none is ready.",
+        Cause::NoEndpoint => {
+            "'sheer check' says why it has none; 'sheer run SERVICE --port PORT -- COMMAND' starts one."
+        }
         Cause::ControlPlaneAway => "'sheer check' shows whether the control plane can be reached; then try again.",
         Cause::Draining | Cause::Overloaded => "Try again.",
         Cause::Loop => "Give the workload the port that its application listens on: this one is a proxy's.",

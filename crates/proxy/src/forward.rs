@@ -72,10 +72,8 @@ async fn http(worker: Rc<Worker>, io: Io) {
             return Outcome::Response(plain(StatusCode::BAD_REQUEST));
         };
         let destination = outbound::named(&own, head.host(), port).await;
-        match destination {
-            Destination::Nowhere(_) => {}
-            destination if connect => return Outcome::Tunnel(plain(StatusCode::OK), Far::Asked(destination)),
-            _ => {}
+        if connect && destination.nowhere().is_none() {
+            return Outcome::Tunnel(plain(StatusCode::OK), Far::Asked(destination));
         }
         match outbound::serve(&own, &destination, request).await.into_outcome() {
             Outcome::Tunnel(response, tunnel) => Outcome::Tunnel(response, Far::Switched(tunnel)),
@@ -189,10 +187,10 @@ async fn socks_request(worker: &Worker, io: &mut Io) -> io::Result<Option<Destin
             return Ok(None);
         }
     };
-    let code = match &destination {
-        Destination::Nowhere(Cause::DestinationForbidden) => 2,
-        Destination::Nowhere(_) => 4,
-        _ => 0,
+    let code = match destination.nowhere() {
+        Some(Cause::DestinationForbidden) => 2,
+        Some(_) => 4,
+        None => 0,
     };
     io.write_all(&socks_reply(code)).await?;
     Ok((code == 0).then_some(destination))

@@ -344,6 +344,45 @@ async fn a_refused_connect_goes_to_another_endpoint() {
 }
 
 #[tokio::test]
+async fn a_request_is_counted_as_encrypted_when_it_was() {
+    let test = async {
+        let port = application("hello").await;
+        let (api, _web, door) = two(Protocol::Http, port).await;
+        let name = ServiceName::parse("web").unwrap();
+        let live = api.proxy.endpoints.get(&name).unwrap().load_full().unwrap();
+        let meshed = live.of_port(80)[0].endpoint.clone();
+        let bare = Endpoint {
+            workload: "local/static/web".into(),
+            address: ([127, 0, 0, 1], port).into(),
+            hop: Hop::None,
+            ..Endpoint::clone(&meshed)
+        };
+        let set = EndpointSet::new(live.identities.to_vec(), vec![meshed, Arc::new(bare)]);
+        api.proxy.endpoints.set(&name, Arc::new(set));
+        let counted = || {
+            let of = |mtls| {
+                let edges = api.proxy.metrics.edges();
+                let all = edges.iter().filter(|(key, _)| key.mtls == mtls).flat_map(|(_, edge)| edge.answers());
+                all.map(|it| it.count).sum::<u64>()
+            };
+            (of(true), of(false))
+        };
+        let (mut encrypted, mut plain) = (0, 0);
+        while encrypted == 0 || plain == 0 {
+            let answer = get(door, "/").await;
+            assert!(answer.starts_with("HTTP/1.1 200") && encrypted + plain < 1000, "{answer}");
+            // Who is not told of its caller was not called over the mesh.
+            match answer.contains("uri=spiffe://mesh.internal/ns/default/sa/api") {
+                true => encrypted += 1,
+                false => plain += 1,
+            }
+        }
+        assert_eq!(counted(), (encrypted, plain));
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
 async fn what_a_leaving_proxy_did_not_process_is_sent_elsewhere() {
     let test = async {
         let port = application("hello").await;

@@ -51,14 +51,32 @@ pub(crate) enum Destination {
     Workload(ServiceName, Arc<Live>, LiveEndpoint),
     /// An address that is not the mesh's.
     External(SocketAddr),
+    /// A port that the service does not have.
+    NoPort(Arc<Service>),
     /// Nowhere, for this reason.
     Nowhere(Cause),
+}
+
+impl Destination {
+    /// Why it leads nowhere, if it does.
+    pub(crate) fn nowhere(&self) -> Option<Cause> {
+        match self {
+            Destination::Service(..) | Destination::Workload(..) | Destination::External(_) => None,
+            Destination::NoPort(_) => Some(Cause::UnknownPort),
+            Destination::Nowhere(cause) => Some(*cause),
+        }
+    }
 }
 
 /// Serves one connection of the workload.
 pub async fn accept(worker: Rc<Worker>, stream: TcpStream, asked: Asked) {
     let destination = destination(&worker, &stream, asked);
     converse(worker, Io::Plain(stream), BytesMut::new(), destination).await;
+}
+
+/// Refuses a connection, in the client's own words where it speaks HTTP.
+pub async fn refuse(worker: Rc<Worker>, stream: TcpStream, cause: Cause) {
+    converse(worker, Io::Plain(stream), BytesMut::new(), Destination::Nowhere(cause)).await;
 }
 
 /// Serves a connection of which it is known where it leads, and some bytes may have been read.
@@ -74,11 +92,6 @@ pub(crate) async fn converse(worker: Rc<Worker>, mut io: Io, mut prefix: BytesMu
 fn destination(worker: &Worker, stream: &TcpStream, asked: Asked) -> Destination {
     let snapshot = worker.snapshot();
     let address = match asked {
-/// Refuses a connection, in the client's own words where it speaks HTTP.
-pub async fn refuse(worker: Rc<Worker>, stream: TcpStream, cause: Cause) {
-    converse(worker, Io::Plain(stream), BytesMut::new(), Destination::Nowhere(cause)).await;
-}
-
         Asked::Service(name, port) => return of_service(snapshot.service(&name), port),
         Asked::Original => match original_destination(stream) {
             Some(address) => SocketAddr::new(address.ip().to_canonical(), address.port()),
@@ -142,7 +155,7 @@ fn is_link_local(address: IpAddr) -> bool {
 fn of_service(service: Option<&Arc<Service>>, port: u16) -> Destination {
     match service.map(|service| (service, service.port(port))) {
         Some((service, Some(port))) => Destination::Service(service.clone(), port),
-        Some((_, None)) => Destination::Nowhere(Cause::UnknownPort),
+        Some((service, None)) => Destination::NoPort(service.clone()),
         None => Destination::Nowhere(Cause::UnknownDestination),
     }
 }
@@ -183,13 +196,24 @@ async fn forward(
     match destination {
         Destination::Service(service, port) => to_service(worker, service, *port, outgoing, record).await,
         Destination::Workload(service, live, endpoint) => {
-            record.on(worker.named_edge(&service.to_string(), protocol));
+            record.on(worker.named_edge(&service.to_string(), protocol, endpoint.endpoint.hop == Hop::Sheer1));
+            if let Some(line) = record.line() {
+                line.destination = service.to_string();
+            }
             let only = std::slice::from_ref(endpoint);
-            Box::pin(send::to_one_of(worker, only, &live.identities, outgoing, record)).await
+            Box::pin(send::to_one_of(worker, only, &live.identities, outgoing, record)).await.map(|(it, _)| it)
         }
         Destination::External(address) => {
             record.on(external_edge(worker, &outgoing.head, protocol));
             Box::pin(send::outside(worker, *address, outgoing, record)).await
+        }
+        Destination::NoPort(service) => {
+            let name = service.name.to_string();
+            record.on(worker.named_edge(&name, protocol, false));
+            if let Some(line) = record.line() {
+                line.destination = name;
+            }
+            Err(Cause::UnknownPort.into())
         }
         Destination::Nowhere(cause) => Err((*cause).into()),
     }
@@ -224,11 +248,17 @@ async fn to_service(
         edit(&mut outgoing.head.fields, &rule.request_edits)?;
         limit = deadline(&rule.timeouts, record.started());
     }
-    let sent = pin!(send::to_one_of(worker, endpoints, &live.identities, outgoing, record));
-    let mut response = match limit {
-        None => sent.await?,
-        Some(limit) => tokio::time::timeout_at(limit.into(), sent).await.map_err(|_| Cause::Deadline)??,
+    let (mut response, hop) = {
+        let sent = pin!(send::to_one_of(worker, endpoints, &live.identities, outgoing, record));
+        match limit {
+            None => sent.await?,
+            Some(limit) => tokio::time::timeout_at(limit.into(), sent).await.map_err(|_| Cause::Deadline)??,
+        }
     };
+    if (hop == Hop::Sheer1) != mtls {
+        // Some endpoints are meshed and some are not, and this one is not like the first.
+        record.on(worker.outbound_edge(&worker.snapshot(), service, rule.as_ref(), backend, protocol, !mtls));
+    }
     if let Some(rule) = &rule {
         edit(&mut response.head.fields, &rule.response_edits)?;
     }
@@ -286,9 +316,9 @@ fn external_edge(worker: &Worker, head: &RequestHead, protocol: Protocol) -> Arc
     if worker.proxy.plan.mode == Mode::Watch
         && let Some(service) = worker.snapshot().service_named(head.host())
     {
-        return worker.named_edge(&service.name.to_string(), protocol);
+        return worker.named_edge(&service.name.to_string(), protocol, false);
     }
-    worker.named_edge("external", protocol)
+    worker.named_edge("external", protocol, false)
 }
 
 fn edit(fields: &mut Fields, edits: &[Edit]) -> Result<(), RequestError> {
@@ -349,13 +379,14 @@ async fn connect(worker: &Worker, destination: &Destination) -> Result<Opened, R
             send::connect_to_one_of(worker, std::slice::from_ref(endpoint), &live.identities).await
         }
         Destination::External(address) => send::connect_outside(worker, *address).await,
+        Destination::NoPort(_) => Err(Cause::UnknownPort.into()),
         Destination::Nowhere(cause) => Err((*cause).into()),
     }
 }
 
 fn name_of(destination: &Destination) -> String {
     match destination {
-        Destination::Service(service, _) => service.name.to_string(),
+        Destination::Service(service, _) | Destination::NoPort(service) => service.name.to_string(),
         Destination::Workload(service, ..) => service.to_string(),
         Destination::External(_) => "external".to_owned(),
         Destination::Nowhere(_) => "unknown".to_owned(),
@@ -366,11 +397,15 @@ fn edge_of_bytes(worker: &Worker, destination: &Destination) -> Arc<Edge> {
     match destination {
         Destination::Service(service, port) => {
             let live = worker.live(&service.name);
-            let first = live.as_ref().and_then(|live| live.of_port(port.port).first());
-            let mtls = first.is_none_or(|it| it.endpoint.hop == Hop::Sheer1);
+            // Said of a connection before it is known where it ends: only what holds for every endpoint.
+            let mut all = live.iter().flat_map(|live| live.of_port(port.port));
+            let mtls = all.all(|it| it.endpoint.hop == Hop::Sheer1);
             worker.outbound_edge(&worker.snapshot(), service, None, &service.name, Protocol::Tcp, mtls)
         }
-        other => worker.named_edge(&name_of(other), Protocol::Tcp),
+        Destination::Workload(.., it) => {
+            worker.named_edge(&name_of(destination), Protocol::Tcp, it.endpoint.hop == Hop::Sheer1)
+        }
+        other => worker.named_edge(&name_of(other), Protocol::Tcp, false),
     }
 }
 

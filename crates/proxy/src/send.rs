@@ -55,14 +55,15 @@ impl From<DialError> for Failure {
     }
 }
 
-/// Sends to the endpoint that the balancer picks. What was not processed goes to another one.
+/// Sends to the endpoint that the balancer picks, and says how that one was dialled. What was not processed goes to
+/// another one.
 pub(crate) async fn to_one_of(
     worker: &Worker,
     endpoints: &[LiveEndpoint],
     identities: &Arc<[SpiffeId]>,
     outgoing: &mut Outgoing,
     record: &mut Record,
-) -> Result<Response, RequestError> {
+) -> Result<(Response, Hop), RequestError> {
     let Outgoing { head, body, interim } = outgoing;
     let head = &*head;
     let mut avoided = SmallVec::<[usize; MAX_TRIES as usize]>::new();
@@ -92,7 +93,7 @@ pub(crate) async fn to_one_of(
                             line.to = Some(chosen.endpoint.address);
                             line.retries = tries - 1;
                         }
-                        return Ok(response);
+                        return Ok((response, chosen.endpoint.hop));
                     }
                     Err(declined) => declined,
                 }

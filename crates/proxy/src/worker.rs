@@ -145,7 +145,7 @@ struct Edges {
     named: HashMap<Box<str>, NamedEdges, foldhash::fast::RandomState>,
 }
 
-type NamedEdges = Vec<(Protocol, Arc<Edge>)>;
+type NamedEdges = Vec<(Protocol, bool, Arc<Edge>)>;
 
 #[derive(PartialEq, Eq, Hash)]
 struct EdgeIndex {
@@ -276,14 +276,15 @@ impl Worker {
 
     /// The edge of what went nowhere.
     pub fn unknown_edge(&self) -> Arc<Edge> {
-        self.unknown.get_or_init(|| self.named_edge("unknown", Protocol::Http1)).clone()
+        self.unknown.get_or_init(|| self.named_edge("unknown", Protocol::Http1, false)).clone()
     }
 
-    /// The outbound edge to a destination that is no service.
-    pub fn named_edge(&self, destination: &str, protocol: Protocol) -> Arc<Edge> {
+    /// The outbound edge to a destination that is no service's port.
+    pub fn named_edge(&self, destination: &str, protocol: Protocol, mtls: bool) -> Arc<Edge> {
         let mut edges = self.edges.borrow_mut();
-        if let Some(found) = edges.named.get(destination).and_then(|all| all.iter().find(|(it, _)| *it == protocol)) {
-            return found.1.clone();
+        let known = edges.named.get(destination).into_iter().flatten();
+        if let Some((.., edge)) = known.clone().find(|(it, secured, _)| (*it, *secured) == (protocol, mtls)) {
+            return edge.clone();
         }
         let edge = self.proxy.metrics.edge(&EdgeKey {
             side: Side::Outbound,
@@ -291,10 +292,10 @@ impl Worker {
             destination: destination.into(),
             route: "default".into(),
             protocol,
-            mtls: false,
+            mtls,
             backend: destination.into(),
         });
-        edges.named.entry(destination.into()).or_default().push((protocol, edge.clone()));
+        edges.named.entry(destination.into()).or_default().push((protocol, mtls, edge.clone()));
         edge
     }
 

@@ -285,6 +285,8 @@ mod provoke {
         let (api, _) = alone(&[]).await;
         let door = api.door(Traffic::Upstream(ServiceName::parse("web").unwrap(), 81)).await;
         api.answered(&get(door, "/").await, cause).await;
+        // The service is known, and told.
+        assert_eq!(api.counted(), [("default/api>default/web".to_owned(), 502, "unknown-port".to_owned(), 1)]);
     }
 
     pub(super) async fn no_route(cause: Cause) {
@@ -396,8 +398,6 @@ mod provoke {
         web.answered(&answer, cause).await;
     }
 
-    /// The head has left: no header can tell it, the connection's end does.
-    pub(super) async fn response_truncated(cause: Cause) {
     /// A workload whose port is a door for calls to itself.
     pub(super) async fn circle(cause: Cause) {
         let ca = Authority::new("mesh.internal");
@@ -420,6 +420,8 @@ mod provoke {
         api.answered(&answer, cause).await;
     }
 
+    /// The head has left: no header can tell it, the connection's end does.
+    pub(super) async fn response_truncated(cause: Cause) {
         let said = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc";
         let (api, web, door) = pair(Protocol::Http, saying(Some(said)).await).await;
         let answer = get(door, "/").await;

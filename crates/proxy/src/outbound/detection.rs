@@ -39,7 +39,7 @@ pub(super) async fn verdict(worker: &Worker, to: &Destination, io: &mut Io, pref
         Destination::Service(_, port) => (port.protocol, port.port),
         Destination::Workload(_, _, live) => (snapshot::Protocol::Detect, live.endpoint.workload_port),
         Destination::External(address) => (snapshot::Protocol::Detect, address.port()),
-        Destination::Nowhere(_) => (snapshot::Protocol::Detect, 0),
+        Destination::NoPort(_) | Destination::Nowhere(_) => (snapshot::Protocol::Detect, 0),
     };
     match declared {
         snapshot::Protocol::Http2 | snapshot::Protocol::Grpc => Verdict::Http(Spoken::Http2),
