@@ -56,6 +56,7 @@ pub struct Arguments {
     pub peers: Vec<(String, String)>,
 
     /// load: what to load: http1|http2|grpc|grpc-stream|tcp, @RATE, xCONNECTIONS, =URL; e.g. http1@200x8=http://web/
+    /// or, with connections that end after 5 lines, tcp@50x10=tcp://echo:7000?lines=5
     #[arg(long = "target", value_name = "PROTOCOL@RATExCONNECTIONS=URL")]
     pub targets: Vec<load::Load>,
 

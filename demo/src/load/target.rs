@@ -14,7 +14,8 @@ pub enum Protocol {
     Grpc,
     /// Bidirectional gRPC streams of `shop.v1.Pricing/Haggle`: [`Load::messages`] messages, each answer awaited.
     GrpcStream,
-    /// Lines with sequence numbers over TCP, each of which must come back.
+    /// Lines with sequence numbers over TCP, each of which must come back. With `?lines=N` in the URL connections are
+    /// short: see [`Load::lines`].
     Tcp,
 }
 
@@ -43,6 +44,8 @@ pub struct Load {
     pub messages: u64,
     /// Time between two messages of a gRPC stream; default 50 ms.
     pub message_interval: std::time::Duration,
+    /// After how many lines a TCP connection is ended in order and another one opened; default: none is.
+    pub lines: Option<u64>,
 }
 
 /// What is wrong with a target.
@@ -58,7 +61,7 @@ pub enum TargetError {
     #[error("{0:?} is not a number above zero")]
     Number(String),
     /// Not a URL, or one without a host, or tcp without a port.
-    #[error("{0:?} is not a URL with a host, such as http://web/ or tcp://echo:7000")]
+    #[error("{0:?} is not a URL with a host, such as http://web/, tcp://echo:7000 or tcp://echo:7000?lines=5")]
     Url(String),
 }
 
@@ -74,6 +77,13 @@ impl Load {
             (None, _) => 80,
         };
         let path = uri.path_and_query().map_or("/", |path| path.as_str());
+        let lines = match (protocol, uri.query()) {
+            (Protocol::Tcp, Some(query)) => {
+                let number = query.strip_prefix("lines=").and_then(|number| number.parse().ok());
+                Some(number.filter(|number| *number > 0).ok_or_else(wrong)?)
+            }
+            _ => None,
+        };
         Ok(Self {
             name: format!("{} {authority}{}", protocol.name(), path.trim_end_matches('/')),
             protocol,
@@ -86,6 +96,7 @@ impl Load {
             body: bytes::Bytes::new(),
             messages: 20,
             message_interval: std::time::Duration::from_millis(50),
+            lines,
         })
     }
 
@@ -152,6 +163,9 @@ mod tests {
         assert_eq!(load.protocol, Protocol::Http1);
         assert_eq!((load.address.as_str(), load.authority.as_str()), ("web:80", "web"));
         assert_eq!((load.path.as_str(), load.rate, load.connections), ("/api/items?x=1", 200.0, 8));
+        assert_eq!(load.lines, None);
+        let load: Load = "tcp@50x10=tcp://echo:7000?lines=5".parse().unwrap();
+        assert_eq!((load.address.as_str(), load.lines), ("echo:7000", Some(5)));
     }
 
     #[test]
@@ -162,6 +176,8 @@ mod tests {
             ("tcp@0x1=tcp://a:1", "0"),
             ("tcp@1x0=tcp://a:1", "0"),
             ("tcp@1x1=tcp://a", "tcp://a"),
+            ("tcp@1x1=tcp://a:1?lines=0", "lines=0"),
+            ("tcp@1x1=tcp://a:1?line=5", "line=5"),
             ("http1@1x1=/path", "/path"),
         ] {
             let error = text.parse::<Load>().unwrap_err().to_string();

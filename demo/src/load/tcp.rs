@@ -5,15 +5,21 @@ use super::http1::first_sequence;
 use super::tally::Outcome;
 use crate::echo::BYE;
 use std::io::{Error, ErrorKind};
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
+
+/// A connection and how many lines have come back over it.
+struct Link {
+    stream: BufReader<TcpStream>,
+    lines: u64,
+}
 
 /// One connection after another.
 pub(super) async fn lines(context: Context, index: usize, mut stopped: watch::Receiver<bool>) {
     let mut pace = context.pace(index);
     let mut sequence = first_sequence(index);
-    let mut link: Option<BufReader<TcpStream>> = None;
+    let mut link: Option<Link> = None;
     while pace.next(&mut stopped).await {
         sequence += 1;
         let sent = context.tally.sent();
@@ -26,23 +32,36 @@ pub(super) async fn lines(context: Context, index: usize, mut stopped: watch::Re
     }
 }
 
-async fn exchange(context: &Context, link: &mut Option<BufReader<TcpStream>>, sequence: u64) -> Outcome {
+async fn exchange(context: &Context, link: &mut Option<Link>, sequence: u64) -> Outcome {
     // A server that is going away says so after an answer, or closes between two.
     if let Some(open) = link
-        && ended(open)
+        && ended(&mut open.stream)
     {
         *link = None;
     }
-    let stream = match link {
+    let open = match link {
         Some(open) => open,
         None => match TcpStream::connect(&context.load.address).await {
             Ok(stream) => {
                 let _ = stream.set_nodelay(true);
-                link.insert(BufReader::new(stream))
+                link.insert(Link { stream: BufReader::new(stream), lines: 0 })
             }
             Err(error) => return Outcome::Connect(format!("{}: {error}", context.load.address)),
         },
     };
+    let outcome = echoed(&mut open.stream, sequence).await;
+    open.lines += 1;
+    if outcome == Outcome::Ok
+        && context.load.lines.is_some_and(|most| open.lines >= most)
+        && let Some(Link { stream, .. }) = link.take()
+    {
+        return finish(stream).await;
+    }
+    outcome
+}
+
+/// Sends a line, which must come back as it was.
+async fn echoed(stream: &mut BufReader<TcpStream>, sequence: u64) -> Outcome {
     let line = format!("{sequence} abcdefghijklmnopqrstuvwxyz0123456789\n");
     let mut answer = Vec::with_capacity(line.len());
     let result = async {
@@ -61,6 +80,21 @@ async fn exchange(context: &Context, link: &mut Option<BufReader<TcpStream>>, se
             let got = String::from_utf8_lossy(&answer).chars().take(80).collect::<String>();
             Outcome::Reordered(format!("sent line {sequence}, got {got:?}"))
         }
+    }
+}
+
+/// Ends a connection in order: after the own end must come the server's, and nothing else but its goodbye.
+async fn finish(mut stream: BufReader<TcpStream>) -> Outcome {
+    let mut rest = Vec::new();
+    let result = async {
+        stream.get_mut().shutdown().await?;
+        stream.read_to_end(&mut rest).await
+    }
+    .await;
+    match result {
+        Err(error) => Outcome::Reset(format!("at the end: {error}")),
+        Ok(_) if rest.is_empty() || rest == BYE => Outcome::Ok,
+        Ok(more) => Outcome::Reordered(format!("{more} bytes after the last line")),
     }
 }
 

@@ -59,6 +59,7 @@ async fn every_protocol_is_answered_and_counted() {
         (Protocol::Grpc, format!("http://{}", pricing.address)),
         (Protocol::GrpcStream, format!("http://{}", pricing.address)),
         (Protocol::Tcp, format!("tcp://{}", echo.address)),
+        (Protocol::Tcp, format!("tcp://{}?lines=3", echo.address)),
     ] {
         let mut load = Load::new(protocol, &url).unwrap().at(200.0, 2).named("it");
         load.message_interval = Duration::from_millis(2);
@@ -98,9 +99,11 @@ async fn a_server_that_stops_in_order_costs_no_request() {
         ("pricing", Protocol::Grpc),
         ("pricing", Protocol::GrpcStream),
         ("echo", Protocol::Tcp),
+        ("echo?lines=3", Protocol::Tcp),
     ] {
+        let (kind, query) = kind.split_at(kind.find('?').unwrap_or(kind.len()));
         let server = Server::start(kind).await;
-        let mut load = Load::new(protocol, &format!("http://{}", server.address)).unwrap().at(500.0, 4);
+        let mut load = Load::new(protocol, &format!("http://{}{query}", server.address)).unwrap().at(500.0, 4);
         load.message_interval = Duration::from_millis(2);
         if kind == "catalog" {
             load.path = "/items".to_owned();
@@ -147,6 +150,35 @@ async fn wrong_answers_are_told_apart() {
         }
         assert_eq!(report.total.in_flight(), 0);
     }
+}
+
+/// A server that resets after the last line instead of ending in order costs that line.
+#[tokio::test]
+async fn how_a_short_connection_ends_is_looked_at() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("tcp://{}?lines=2", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut bytes = [0; 1024];
+            for _ in 0..2 {
+                let length = stream.read(&mut bytes).await.unwrap();
+                stream.write_all(&bytes[..length]).await.unwrap();
+            }
+            assert_eq!(stream.read(&mut bytes).await.unwrap(), 0, "its client ends it");
+            stream.set_zero_linger().unwrap();
+        }
+    });
+    let running = start(Plan::new(vec![Load::new(Protocol::Tcp, &url).unwrap().at(100.0, 1).named("it")]));
+    let failed = async {
+        while running.counts().failed() < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), failed).await.unwrap();
+    let report = running.stop().await;
+    assert!(report.loads["it"].failures.iter().all(|it| it.detail.contains("at the end")), "{report:?}");
+    assert!(report.total.ok >= report.total.failed(), "{report:?}");
 }
 
 #[tokio::test]
