@@ -9,6 +9,9 @@ pub const TLS_HANDSHAKE: u8 = 0x16;
 /// What ALPN names begin with between proxies of the mesh.
 pub const MESH_ALPN_PREFIX: &[u8] = b"sheer/1+";
 
+/// The name of the mesh hop for bytes.
+pub const MESH_ALPN_BYTES: &[u8] = b"sheer/1+tcp";
+
 /// A first line longer than this is taken for HTTP/1 before its end, if it begins like a request line.
 const MAX_LINE: usize = crate::head::MAX_HEAD_BYTES;
 
@@ -42,6 +45,9 @@ pub struct ClientHello {
     pub server_name: Option<String>,
     /// A protocol of the mesh hop is offered: this is a peer's proxy and not the application's own TLS.
     pub offers_mesh: bool,
+    /// Of the mesh hop's protocols the one for bytes is offered: no answer will ever be sent over this connection that
+    /// the mesh itself could write.
+    pub offers_mesh_bytes: bool,
 }
 
 /// Tells what a connection begins with. Adding bytes changes [`Sniffed::Partial`] alone.
@@ -211,7 +217,9 @@ fn read_hello(message: &[u8]) -> Option<ClientHello> {
             16 => {
                 let mut names = Reader(content.vector16()?);
                 while !names.0.is_empty() {
-                    hello.offers_mesh |= names.vector8()?.starts_with(MESH_ALPN_PREFIX);
+                    let name = names.vector8()?;
+                    hello.offers_mesh |= name.starts_with(MESH_ALPN_PREFIX);
+                    hello.offers_mesh_bytes |= name == MESH_ALPN_BYTES;
                 }
             }
             _ => {}
@@ -284,7 +292,8 @@ mod tests {
     }
 
     fn tls(server_name: Option<&str>, offers_mesh: bool) -> Sniffed {
-        Sniffed::Tls(ClientHello { server_name: server_name.map(str::to_owned), offers_mesh })
+        let server_name = server_name.map(str::to_owned);
+        Sniffed::Tls(ClientHello { server_name, offers_mesh, offers_mesh_bytes: false })
     }
 
     #[test]
@@ -381,6 +390,8 @@ mod tests {
     fn hellos_tell_name_and_mesh() {
         assert_eq!(sniff(&hello(Some("Web.Example"), &["h2"], 4096)), tls(Some("web.example"), false));
         assert_eq!(sniff(&hello(Some("p80.web"), &["h2", "sheer/1+h1"], 1)), tls(Some("p80.web"), true));
+        let bytes = ClientHello { offers_mesh: true, offers_mesh_bytes: true, ..ClientHello::default() };
+        assert_eq!(sniff(&hello(None, &["sheer/1+tcp"], 4096)), Sniffed::Tls(bytes));
         assert_eq!(sniff(&hello(None, &[], 4096)), tls(None, false));
         assert_eq!(sniff(&hello(Some("a\n\"b"), &[], 4096)), tls(None, false));
         assert_eq!(

@@ -15,6 +15,9 @@ pub enum Phase {
     Told,
     /// A request that arrives is answered `503 draining`, with no byte to the application: peers send it elsewhere.
     Refusing,
+    /// The grace is over and the workload's command is still there: connections to it that are open are closed, so that
+    /// nobody but itself keeps it from ending. Those that it opened go on.
+    Overdue,
     /// Nothing new comes any more, in either direction: workers end when the last connection has.
     Ending,
     /// The grace is over: what is still open is closed.
@@ -62,6 +65,13 @@ impl Watch {
     /// Waits until peers are to be told. Never returns when the signal is gone before.
     pub async fn told(&mut self) {
         self.reached(Phase::Told).await;
+    }
+
+    /// Waits for [`Phase::Overdue`]. Never returns when a later phase comes instead. Cancel safe.
+    pub async fn overdue(&mut self) {
+        if self.0.wait_for(|now| *now == Phase::Overdue).await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Waits until the phase is this one or a later one. Cancel safe.

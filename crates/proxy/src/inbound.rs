@@ -89,6 +89,11 @@ pub async fn accept(worker: Rc<Worker>, stream: TcpStream) {
         looked = timeout(HANDSHAKE_TIMEOUT, first_look(&stream)).await;
     }
     let is_mesh = match looked {
+        // Before the handshake: the peer's proxy then knows that no byte was taken, and goes elsewhere.
+        Ok(Ok(Sniffed::Tls(hello))) if hello.offers_mesh_bytes && worker.phase() >= Phase::Refusing => {
+            turn_away(&worker, Cause::Draining);
+            return tcp::reset(&Io::Plain(stream));
+        }
         Ok(Ok(Sniffed::Tls(hello))) => hello.offers_mesh,
         Ok(Ok(_)) | Err(_) => false,
         Ok(Err(_)) => return,

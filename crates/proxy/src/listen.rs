@@ -8,13 +8,15 @@ use crate::plan::Role;
 use crate::worker::Worker;
 use sheer_core::cause::Cause;
 use sheer_core::name::ServiceName;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
+use tokio::task::AbortHandle;
 
 /// How long accepting pauses when there is no descriptor left: those in use must be closed first.
 const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
@@ -53,37 +55,66 @@ impl Traffic {
             Role::DnsUdp | Role::DnsTcp | Role::Admin | Role::Metrics => None,
         }
     }
+
+    /// Whether it leads to the workload.
+    fn is_inbound(&self) -> bool {
+        match self {
+            Traffic::Inbound | Traffic::Published(_) => true,
+            Traffic::Outbound | Traffic::Upstream(..) | Traffic::Forward => false,
+        }
+    }
 }
 
 /// The open connections of a worker.
 #[derive(Clone, Default)]
-pub struct Open(Rc<Count>);
+pub struct Open(Rc<Tasks>);
 
 #[derive(Default)]
-struct Count {
-    open: Cell<usize>,
+struct Tasks {
+    next: Cell<u64>,
+    open: RefCell<HashMap<u64, Task, foldhash::fast::RandomState>>,
     closed: Notify,
 }
 
-struct OpenOne(Rc<Count>);
+/// The task of a connection.
+struct Task {
+    handle: AbortHandle,
+    inbound: bool,
+}
+
+/// One of them, for as long as it lives.
+struct OpenOne(Rc<Tasks>, u64);
 
 impl Open {
-    fn one(&self) -> OpenOne {
-        self.0.open.set(self.0.open.get() + 1);
-        OpenOne(self.0.clone())
+    /// Serves a connection in a task of its own.
+    fn spawn(&self, inbound: bool, connection: impl Future<Output = ()> + 'static) {
+        let number = self.0.next.get();
+        self.0.next.set(number + 1);
+        let one = OpenOne(self.0.clone(), number);
+        let task = tokio::task::spawn_local(async move {
+            let _one = one;
+            connection.await;
+        });
+        // It does not run before this function returns: both are of one thread.
+        self.0.open.borrow_mut().insert(number, Task { handle: task.abort_handle(), inbound });
     }
 
     /// Waits until none is open. Cancel safe.
     pub async fn none(&self) {
-        while self.0.open.get() > 0 {
+        while !self.0.open.borrow().is_empty() {
             self.0.closed.notified().await;
         }
+    }
+
+    /// Ends those that lead to the workload, whatever they are in the middle of.
+    pub fn end_inbound(&self) {
+        self.0.open.borrow().values().filter(|task| task.inbound).for_each(|task| task.handle.abort());
     }
 }
 
 impl Drop for OpenOne {
     fn drop(&mut self) {
-        self.0.open.set(self.0.open.get() - 1);
+        self.0.open.borrow_mut().remove(&self.1);
         self.0.closed.notify_one();
     }
 }
@@ -98,11 +129,7 @@ pub async fn accept(worker: Rc<Worker>, listener: TcpListener, traffic: Traffic,
     loop {
         match listener.accept().await {
             Ok((stream, from)) => {
-                let (worker, traffic, one) = (worker.clone(), traffic.clone(), open.one());
-                tokio::task::spawn_local(async move {
-                    let _one = one;
-                    serve(worker, stream, from, traffic).await;
-                });
+                open.spawn(traffic.is_inbound(), serve(worker.clone(), stream, from, traffic.clone()));
             }
             Err(error) if is_about_one_connection(&error) => {}
             Err(error) => {

@@ -196,6 +196,10 @@ async fn leave(
         signal.set(Phase::Refusing);
         if plan.command {
             // It is told to stop only now, and may still call others to put its affairs in order.
+            gone = gone || orders.gone_before(began + grace.max(SERVE_ON)).await;
+            if !gone {
+                signal.set(Phase::Overdue);
+            }
             while !gone {
                 gone = orders.next().await == FromSupervisor::Gone;
             }

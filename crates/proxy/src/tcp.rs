@@ -1,6 +1,7 @@
 //! Bytes between two connections, both ways, each end passed on as what it is.
 //!
-//! A side that closes its sending half closes the other's; a reset resets the other. Nothing is held for an idle
+//! A side that closes its sending half closes the other's; a reset resets the other, and so does a relay that is given up
+//! before its sides have closed. Nothing is held for an idle
 //! connection: bytes are read into a buffer of the worker's and written on at once, and only what the other side does
 //! not take is kept.
 
@@ -63,14 +64,17 @@ enum Way {
 /// Copies until both sides have closed. What was already read from either side goes out first.
 ///
 /// # Errors
-/// When either side is reset or breaks; both are then reset, so that neither takes the end for a proper one.
+/// When either side is reset or breaks; both are then reset, so that neither takes the end for a proper one. So are they
+/// when the future is dropped.
 pub async fn relay(
     (near, read_near): (&mut Io, Bytes),
     (far, read_far): (&mut Io, Bytes),
     counts: &Counts,
 ) -> io::Result<()> {
     let (mut out, mut back) = (Direction::new(Way::Out, read_near), Direction::new(Way::Back, read_far));
+    let mut sides = Sides { near, far, closed: false };
     let copied = poll_fn(|cx| {
+        let Sides { near, far, .. } = &mut sides;
         let sent = out.poll(cx, near, far, counts)?;
         let received = back.poll(cx, far, near, counts)?;
         match (sent, received) {
@@ -79,11 +83,25 @@ pub async fn relay(
         }
     });
     let copied = copied.await;
-    if copied.is_err() {
-        reset(near);
-        reset(far);
-    }
+    sides.closed = copied.is_ok();
     copied
+}
+
+/// The two sides of a relay.
+struct Sides<'a> {
+    near: &'a mut Io,
+    far: &'a mut Io,
+    /// Both have closed in order.
+    closed: bool,
+}
+
+impl Drop for Sides<'_> {
+    fn drop(&mut self) {
+        if !self.closed {
+            reset(self.near);
+            reset(self.far);
+        }
+    }
 }
 
 /// Makes the connection end with a reset when it is dropped.
@@ -243,6 +261,19 @@ mod tests {
             assert_eq!(edge.counted_bytes(), (8, 3));
             assert!(!relay.is_finished());
             relay.abort();
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn a_relay_that_is_given_up_is_reset_on_both_sides() {
+        let test = async {
+            let (mut client, mut server, relay, _) = relayed().await;
+            server.read_exact(&mut [0; 6]).await.unwrap();
+            relay.abort();
+            for side in [&mut client, &mut server] {
+                assert_eq!(side.read_u8().await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+            }
         };
         LocalSet::new().run_until(test).await;
     }

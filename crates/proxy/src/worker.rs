@@ -215,6 +215,11 @@ impl Worker {
                 worker.pools.connector().end_vanished();
             }
         });
+        let (open, mut drain) = (connections.clone(), self.drain());
+        tokio::task::spawn_local(async move {
+            drain.overdue().await;
+            open.end_inbound();
+        });
         let mut drain = self.drain();
         drain.reached(drain::Phase::Ending).await;
         tokio::select! {

@@ -40,7 +40,7 @@ impl Carried {
         match self {
             Carried::Http1 => b"sheer/1+h1",
             Carried::Http2 => b"sheer/1+h2",
-            Carried::Tcp => b"sheer/1+tcp",
+            Carried::Tcp => sheer_core::sniff::MESH_ALPN_BYTES,
         }
     }
 

@@ -139,7 +139,7 @@ pub(crate) struct Workload {
     #[arg(long)]
     pub(crate) access_log: bool,
 
-    /// How long open requests may last when the workload is stopped
+    /// How long open requests and connections may last when the workload is stopped
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) drain_grace: u64,
 
