@@ -81,6 +81,12 @@ $(CARGO_DENY):
 unit: ## All tests of all crates
 	$(CARGO) test --locked --workspace --no-fail-fast
 
+.PHONY: long
+long: ## Tests that mostly wait, for minutes: those that `make test` leaves out
+	@scripts/packages test
+	$(CARGO) build --locked -p sheer
+	$(CARGO) test --locked --workspace --no-fail-fast -- --ignored
+
 .PHONY: end-to-end
 end-to-end: ## The demonstration, started and judged from outside (as root, and as an ordinary user)
 	$(CARGO) build --locked -p sheer

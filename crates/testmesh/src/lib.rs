@@ -4,6 +4,7 @@
 //! holds, break something, look again. Whatever a scenario made is gone when it ends; what a killed one left is removed
 //! by the next.
 
+pub mod callers;
 pub mod mesh;
 pub mod net;
 pub mod program;

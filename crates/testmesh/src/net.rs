@@ -9,6 +9,7 @@ use crate::program::run;
 use crate::wait;
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
+use nix::unistd::Pid;
 use std::cell::Cell;
 use std::fs::File;
 use std::net::Ipv4Addr;
@@ -163,6 +164,31 @@ impl Host {
     /// A command that will run on this host.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         self.holder.command(program)
+    }
+
+    /// A path of this host, as seen from the test.
+    pub fn path(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.holder.0.id()))
+    }
+
+    /// The mounts of this host, as in /proc/PID/mountinfo.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn mounts(&self) -> Result<String> {
+        Ok(std::fs::read_to_string(format!("/proc/{}/mountinfo", self.holder.0.id()))?)
+    }
+
+    /// Everything that runs on this host: a process keeps the host's name wherever else it goes.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn processes(&self) -> Result<Vec<Pid>> {
+        let name = |pid: i32| std::fs::read_link(format!("/proc/{pid}/ns/uts")).ok();
+        let own = name(self.holder.0.id().cast_signed()).context("the host has ended")?;
+        let numbers = std::fs::read_dir("/proc")?.flatten();
+        let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        Ok(numbers.filter(|pid| name(*pid).as_ref() == Some(&own)).map(Pid::from_raw).collect())
     }
 
     /// Runs a function on a thread of this host: the sockets it makes are the host's.

@@ -158,6 +158,53 @@ pub fn run(command: &mut Command) -> Result<String> {
     Ok(text)
 }
 
+/// The processes of a running workload, each found from its supervisor.
+pub struct Processes {
+    /// Holds the namespaces; the parent of the command.
+    pub keeper: Pid,
+    /// The proxy of the moment.
+    pub proxy: Pid,
+    /// The application; none before it was started, and none where the proxy is alone.
+    command: Option<Pid>,
+}
+
+impl Processes {
+    /// Looks at the children of a supervisor.
+    ///
+    /// # Errors
+    /// When one of them does not run.
+    pub fn of(supervisor: Pid) -> Result<Self> {
+        let children = children(supervisor)?;
+        let child = |what: &str| {
+            let found = children.iter().find(|(_, line)| line.get(1).is_some_and(|word| word == what));
+            found.map(|(pid, _)| *pid).with_context(|| format!("{supervisor} has no child {what}: {children:?}"))
+        };
+        let keeper = child("__keeper")?;
+        let command = self::children(keeper)?.first().map(|(pid, _)| *pid);
+        Ok(Self { keeper, proxy: child("__proxy")?, command })
+    }
+
+    /// The application.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn command(&self) -> Result<Pid> {
+        self.command.context("the keeper has no command")
+    }
+}
+
+/// The children of a process, with their command lines.
+fn children(parent: Pid) -> Result<Vec<(Pid, Vec<String>)>> {
+    let mut found = Vec::new();
+    for task in std::fs::read_dir(format!("/proc/{parent}/task"))? {
+        for pid in std::fs::read_to_string(task?.path().join("children"))?.split_whitespace() {
+            let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            found.push((Pid::from_raw(pid.parse()?), line.split('\0').map(str::to_owned).collect()));
+        }
+    }
+    Ok(found)
+}
+
 fn signal_of(status: ExitStatus) -> String {
     status.signal().map(|number| format!(" (signal {number})")).unwrap_or_default()
 }

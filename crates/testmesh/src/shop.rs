@@ -13,7 +13,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// What the customers ask, all together: 145 + 145 + 100 requests, 5 streams of 20 messages and 50 lines a second.
-const TARGETS: [&str; 5] = [
+pub const TARGETS: [&str; 5] = [
     "http1@145x8=http://reviews/reviews/tea",
     "http2@145x4=http://reviews/reviews/tea",
     "grpc@100x4=http://pricing/",

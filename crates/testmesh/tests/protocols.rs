@@ -137,7 +137,7 @@ fn postgresql_works() -> Result<()> {
     let large = "select repeat('x', 20000000)";
     assert_eq!(sql(large)?.trim().len(), 20_000_000);
     // Cancelling goes over a second connection.
-    let cancelled = "psql -h db -U postgres -c 'select pg_sleep(60)' 2>&1 & sleep 0.1; \
+    let cancelled = "psql -h db -U postgres -c 'select pg_sleep(60)' 2>&1 & \
                      until psql -h db -U postgres -Atc \"select query from pg_stat_activity where state = 'active'\" \
                      | grep -q '^select pg_sleep'; do sleep 0.1; done; kill -INT $!; wait";
     let answer = mesh.client(&["timeout", "20", "bash", "-mc", cancelled])?;

@@ -1,21 +1,23 @@
 //! Certificates that end under load, a machine that sleeps for a day and a half, and processes that are killed.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sheer_demo::load::{self, Load, Protocol};
+use sheer_testmesh::callers::{self, Callers, Manner, disturbed_after};
 use sheer_testmesh::net::{Host, Net};
-use sheer_testmesh::program::{Program, run, sheer};
+use sheer_testmesh::program::{Processes, Program, run, sheer};
 use sheer_testmesh::wait;
-use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long callers may notice that something was killed.
+const LEFT_WITHIN: Duration = Duration::from_secs(1);
 
 /// Where the caller's application reaches the service.
 const DOOR: &str = "127.0.0.1:9000";
@@ -78,11 +80,7 @@ impl<'a> Site<'a> {
 
     /// One request over a connection of its own; the version that answered.
     fn ask(&self) -> Result<String> {
-        let answer = get(self.host, DOOR, "web", "/probe/healthy", Duration::from_secs(10))?;
-        ensure!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-        let version =
-            answer.lines().find_map(|line| line.to_ascii_lowercase().strip_prefix("x-version: ").map(str::to_owned));
-        version.context("no version in the answer")
+        callers::ask_once(self.host, DOOR.parse()?)
     }
 
     /// When the certificate of the workload whose metrics are at this port ends, in seconds of unix time.
@@ -112,24 +110,6 @@ fn get(host: &Host, address: &str, name: &str, path: &str, limit: Duration) -> R
         stream.read_to_string(&mut answer)?;
         Ok(answer)
     })
-}
-
-/// The child of a supervisor that is its proxy, or its command.
-fn child(supervisor: Pid, is_proxy: bool) -> Result<Pid> {
-    for task in std::fs::read_dir(format!("/proc/{supervisor}/task"))? {
-        let children = std::fs::read_to_string(task?.path().join("children"))?;
-        for pid in children.split_whitespace() {
-            let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let found = match is_proxy {
-                true => line.contains("__proxy"),
-                false => line.contains("__demo-service"),
-            };
-            if found {
-                return Ok(Pid::from_raw(pid.parse()?));
-            }
-        }
-    }
-    bail!("{supervisor} has no such child")
 }
 
 fn mesh(settings: &str) -> String {
@@ -202,7 +182,8 @@ fn a_host_that_slept_serves_again_within_five_seconds() -> Result<()> {
     let caller = site.caller(15102)?;
     let before = [site.expiry(15101)?, site.expiry(15102)?];
 
-    let all = [child(web, true)?, child(caller, true)?, web, caller, site.running[0].pid()];
+    let proxies = [Processes::of(web)?.proxy, Processes::of(caller)?.proxy];
+    let all = [proxies[0], proxies[1], web, caller, site.running[0].pid()];
     all.iter().try_for_each(|pid| kill(*pid, Signal::SIGSTOP))?;
     std::fs::write(site.home.join("clock.new"), "+36h\n")?;
     std::fs::rename(site.home.join("clock.new"), &clock)?;
@@ -230,7 +211,7 @@ fn a_proxy_that_was_stopped_beyond_its_certificate_serves_again_within_five_seco
     let mut site = Site::new(&net, &host, vec![], &mesh("certificateLifetime: 10s"))?;
     let web = site.web("web-1", 15101)?;
     site.caller(15102)?;
-    let proxy = child(web, true)?;
+    let proxy = Processes::of(web)?.proxy;
     let end = site.expiry(15101)?;
     kill(proxy, Signal::SIGSTOP)?;
     wait::until_true("its certificate has ended", PATIENCE, || {
@@ -246,57 +227,59 @@ fn a_proxy_that_was_stopped_beyond_its_certificate_serves_again_within_five_seco
     Ok(())
 }
 
-/// For how long after `event` requests of a peer fail: from the event to the end of the last one that did. Many ask at
-/// once, so that both instances are asked.
-fn last_failure(site: &Site<'_>, event: impl FnOnce() -> Result<()>) -> Result<(Duration, usize)> {
-    let end = AtomicBool::new(false);
-    let customer = || {
-        let mut asked = Vec::new();
-        while !end.load(Relaxed) {
-            let answer = site.ask().map_err(|error| format!("{error:#}"));
-            asked.push((Instant::now(), answer));
-        }
-        asked
-    };
-    let (happened, asked) = std::thread::scope(|scope| {
-        let customers: Vec<_> = (0..8).map(|_| scope.spawn(customer)).collect();
-        std::thread::sleep(Duration::from_secs(2));
-        let happened = Instant::now();
-        let done = event();
-        std::thread::sleep(Duration::from_secs(4));
-        end.store(true, Relaxed);
-        let asked: Vec<_> = customers.into_iter().filter_map(|customer| customer.join().ok()).flatten().collect();
-        done.map(|()| (happened, asked))
-    })?;
-    let before = asked.iter().filter(|(at, _)| *at < happened);
-    let before: BTreeSet<_> = before.map(|(_, answer)| answer.clone()).collect();
-    ensure!(before.len() == 2 && before.iter().all(Result::is_ok), "before: {before:?}");
-    let failed: Vec<_> = asked.iter().filter(|(_, answer)| answer.is_err()).collect();
-    let last = failed.iter().map(|(at, _)| at.duration_since(happened)).max().unwrap_or_default();
-    Ok((last, failed.len()))
+/// For how long after `event` callers are disturbed. `before` answer until then, `after` alone from then on.
+fn noticed(
+    site: &Site<'_>,
+    before: &[&str],
+    after: &[&str],
+    event: impl FnOnce() -> Result<()>,
+) -> Result<(Duration, usize)> {
+    let come = |manner| Callers::come(site.host, DOOR.parse()?, manner, 4);
+    let callers = [come(Manner::Fresh)?, come(Manner::Kept)?];
+    callers.iter().try_for_each(|it| it.are_answered_by(before, PATIENCE))?;
+    let happened = Instant::now();
+    event()?;
+    // Twice as long as it may be noticed.
+    std::thread::sleep(2 * LEFT_WITHIN);
+    callers.iter().try_for_each(|it| it.are_answered_by(after, PATIENCE))?;
+    let asked: Vec<_> = callers.into_iter().flat_map(Callers::leave).collect();
+    let (last, disturbed) = disturbed_after(happened, &asked);
+    ensure!(last < LEFT_WITHIN, "callers noticed for {last:?}: {:?}", disturbed.last());
+    Ok((last, disturbed.len()))
 }
 
-fn two_instances<'a>(net: &Net, host: &'a Host) -> Result<(Site<'a>, Pid, Pid)> {
+/// A control plane, a caller, and instances of these versions that take traffic.
+fn instances<'a>(net: &Net, host: &'a Host, versions: &[&str]) -> Result<(Site<'a>, Vec<Pid>)> {
     let mut site = Site::new(net, host, vec![], &mesh(""))?;
-    let (one, other) = (site.web("web-1", 15101)?, site.web("web-2", 15103)?);
+    let metrics = 15103..;
+    let pids = versions.iter().zip(metrics).map(|(version, metrics)| site.web(version, metrics));
+    let pids = pids.collect::<Result<Vec<_>>>()?;
     site.caller(15102)?;
-    wait::until("both instances are there", PATIENCE, || {
-        let all = site.sheer(&["get", "Workload"])?;
-        ensure!(all.matches("connected").count() == 3, "only {all}");
-        Ok(())
+    wait::until("every command runs", PATIENCE, || {
+        pids.iter().try_for_each(|pid| Processes::of(*pid)?.command().map(drop))
     })?;
-    Ok((site, one, other))
+    Ok((site, pids))
 }
 
+/// kill -9 of the application alone, of the process that holds its namespaces, and of the supervisor: no request goes
+/// there any more within a second, as its callers see it.
 #[test]
 fn a_killed_command_is_left_within_a_second() -> Result<()> {
     let net = Net::new()?;
     let host = net.host("one")?;
-    let (site, one, _) = two_instances(&net, &host)?;
-    let command = child(one, false)?;
-    let (last, failed) = last_failure(&site, || Ok(kill(command, Signal::SIGKILL)?))?;
-    eprintln!("left after {last:?}, {failed} failed");
-    ensure!(last < Duration::from_secs(1), "requests failed for {last:?}");
+    let versions = ["stays", "supervisor", "keeper", "command"];
+    let (site, pids) = instances(&net, &host, &versions)?;
+    for (number, victim) in versions.iter().enumerate().skip(1).rev() {
+        let workload = Processes::of(pids[number])?;
+        let process = match *victim {
+            "command" => workload.command()?,
+            "keeper" => workload.keeper,
+            _ => pids[number],
+        };
+        let (last, disturbed) =
+            noticed(&site, &versions[..=number], &versions[..number], || Ok(kill(process, Signal::SIGKILL)?))?;
+        eprintln!("killed {victim}: left after {last:?}, {disturbed} requests disturbed");
+    }
     Ok(())
 }
 
@@ -304,24 +287,16 @@ fn a_killed_command_is_left_within_a_second() -> Result<()> {
 fn a_killed_proxy_is_left_and_serves_again_within_a_second() -> Result<()> {
     let net = Net::new()?;
     let host = net.host("one")?;
-    let (site, one, other) = two_instances(&net, &host)?;
-    let proxy = child(one, true)?;
-    let (last, failed) = last_failure(&site, || Ok(kill(proxy, Signal::SIGKILL)?))?;
-    eprintln!("left after {last:?}, {failed} failed");
-    ensure!(last < Duration::from_secs(1), "requests failed for {last:?}");
+    let versions = ["one", "other"];
+    let (site, pids) = instances(&net, &host, &versions)?;
+    let proxy = Processes::of(pids[0])?.proxy;
+    let (last, disturbed) = noticed(&site, &versions, &versions, || Ok(kill(proxy, Signal::SIGKILL)?))?;
+    eprintln!("killed proxy: left after {last:?}, {disturbed} requests disturbed");
     // Alone: what the supervisor starts in its place serves.
-    kill(other, Signal::SIGTERM)?;
-    wait::until("the first instance alone answers", PATIENCE, || {
-        ensure!((0..5).all(|_| site.ask().is_ok_and(|version| version == "web-1")), "another answers");
-        Ok(())
-    })?;
-    let proxy = child(one, true)?;
-    let killed = Instant::now();
-    kill(proxy, Signal::SIGKILL)?;
-    wait::until_true("the proxy is gone", PATIENCE, || child(one, true).is_ok_and(|it| it != proxy))?;
-    wait::until("it is served again", PATIENCE, || site.ask().map(drop))?;
-    let took = killed.elapsed();
-    eprintln!("served again after {took:?}");
-    ensure!(took < Duration::from_secs(1), "served again after {took:?}");
+    kill(Processes::of(pids[1])?.command()?, Signal::SIGKILL)?;
+    let proxy = Processes::of(pids[0])?.proxy;
+    let (last, disturbed) = noticed(&site, &["one"], &["one"], || Ok(kill(proxy, Signal::SIGKILL)?))?;
+    eprintln!("killed proxy of the only instance: served again after {last:?}, {disturbed} requests disturbed");
+    ensure!(Processes::of(pids[0])?.proxy != proxy, "the proxy was not killed");
     Ok(())
 }

@@ -2,12 +2,13 @@
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use sheer_testmesh::mesh::{Control, PATIENCE, Workload};
 use sheer_testmesh::net::Net;
-use sheer_testmesh::program::{run, sheer};
+use sheer_testmesh::program::{Processes, run, sheer};
 use sheer_testmesh::shop::{self, AROUND, Customers, PLAIN_USER};
 use sheer_testmesh::wait;
+use std::io::{BufRead as _, BufReader, ErrorKind, Write as _};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 /// kill -9 of the control plane, and its return.
@@ -28,7 +29,8 @@ fn the_control_plane_is_not_on_the_request_path() -> Result<()> {
     Ok(())
 }
 
-/// An orderly stop of one of two instances of everything.
+/// An orderly stop of one of two instances of everything. Among its callers are such as keep a TCP connection for as long
+/// as the server says nothing else, and such as end theirs after five lines: neither may meet a reset or a lost line.
 #[test]
 fn a_stopped_instance_is_left_in_time() -> Result<()> {
     let net = Net::new()?;
@@ -38,12 +40,7 @@ fn a_stopped_instance_is_left_in_time() -> Result<()> {
     [&one, &two].into_iter().try_for_each(std::fs::create_dir_all)?;
     let _stay = shop::open(&control, &host, &one, PLAIN_USER, 1)?;
     let mut leave = shop::open(&control, &host, &two, PLAIN_USER, 2)?;
-    // TCP connections to the instance that leaves end with it: they are no part of this.
-    let targets = [
-        "http1@200x8=http://reviews/reviews/tea",
-        "http2@200x4=http://reviews/reviews/tea",
-        "grpc@100x4=http://pricing/",
-    ];
+    let targets = [&shop::TARGETS[..], &["tcp@100x10=tcp://echo:7000?lines=5"]].concat();
     let customers = Customers::asking(&host, net.directory(), PLAIN_USER, &targets)?;
     customers.shop_for(AROUND)?;
     for program in &leave {
@@ -57,6 +54,89 @@ fn a_stopped_instance_is_left_in_time() -> Result<()> {
     customers.shop_for(Duration::from_secs(2))?;
     customers.are_all_served()?;
     Ok(())
+}
+
+/// An instance is told to stop while a client holds a TCP connection that it will never end. New connections go to the
+/// other instance at once; the old one carries every line until the drain's deadline, and then ends with a reset, so that
+/// the instance can end as well.
+#[test]
+fn a_connection_that_never_ends_is_let_go_at_the_deadline() -> Result<()> {
+    const GRACE: Duration = Duration::from_secs(8);
+    const DOOR: &str = "127.0.0.1:9000";
+    const METRICS: &str = "127.0.0.1:15099";
+    let net = Net::new()?;
+    let host = net.host("one")?;
+    let control = Control::start(&host, &net.directory().join("control"))?;
+    let (one, two) = (net.directory().join("one"), net.directory().join("two"));
+    [&one, &two].into_iter().try_for_each(std::fs::create_dir_all)?;
+    let _stays = shop::instance(&host, &one, "echo", "7000/tcp", "v1", PLAIN_USER)?;
+    control.serves("echo", 1)?;
+    let seconds = GRACE.as_secs().to_string();
+    let flags = [PLAIN_USER, &["--drain-grace", &seconds, "--metrics", METRICS]].concat();
+    let mut leaves = shop::instance(&host, &two, "echo", "7000/tcp", "v1", &flags)?;
+    control.serves("echo", 2)?;
+    let upstream = format!("{DOOR}=echo:7000");
+    let flags = [PLAIN_USER, &["--capture", "none", "--upstream", &upstream]].concat();
+    let _caller = Workload::new(&host, "caller", net.directory())?.flags(&flags).start(&["sleep", "infinity"])?;
+
+    let open = || host.inside(|| Ok(TcpStream::connect(DOOR)?)).and_then(|stream| Line::over(stream)?.says("hello"));
+    let opened = || -> Result<u64> {
+        let text = run(host.command("curl").args(["-sS", "--fail", &format!("http://{METRICS}/metrics")]))?;
+        let lines = text.lines().filter(|line| line.starts_with("sheer_connections_opened_total{"));
+        lines.map(|line| Ok(line.rsplit(' ').next().context("no value")?.parse::<u64>()?)).sum()
+    };
+    let mut held = wait::until("a connection leads to the instance that leaves", PATIENCE, || {
+        let before = opened()?;
+        let line = open()?;
+        ensure!(opened()? > before, "it leads elsewhere");
+        Ok(line)
+    })?;
+    leaves.signal(Signal::SIGTERM)?;
+    let told = Instant::now();
+    wait::until("new connections go elsewhere", Duration::from_secs(1), || {
+        let before = opened()?;
+        (0..10).try_for_each(|_| open().map(drop))?;
+        ensure!(opened()? == before, "some go to the instance that leaves");
+        Ok(())
+    })?;
+    let ended = loop {
+        match held.says("still there") {
+            Ok(line) => held = line,
+            Err(error) => break error,
+        }
+        ensure!(told.elapsed() < 2 * GRACE, "the connection goes on");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let took = told.elapsed();
+    eprintln!("ended {took:?} after SIGTERM: {ended:#}");
+    ensure!(took > GRACE && took < GRACE + Duration::from_secs(1), "ended {took:?} after SIGTERM: {ended:#}");
+    let kind = ended.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+    ensure!(kind == Some(ErrorKind::ConnectionReset), "no reset: {ended:#}");
+    let status = leaves.wait(Duration::from_secs(3))?;
+    ensure!(status.success(), "the instance ended with {status}");
+    Ok(())
+}
+
+/// A connection over which each line comes back.
+struct Line(BufReader<TcpStream>);
+
+impl Line {
+    fn over(stream: TcpStream) -> Result<Self> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self(BufReader::new(stream)))
+    }
+
+    fn says(mut self, text: &str) -> Result<Self> {
+        self.0.get_mut().write_all(format!("{text}\n").as_bytes())?;
+        let mut back = String::new();
+        // The server's goodbye may come before the answer; this client does not heed it.
+        while back.is_empty() || back == "BYE\n" {
+            back.clear();
+            ensure!(self.0.read_line(&mut back)? > 0, "closed in order");
+        }
+        ensure!(back.trim_end() == text, "{back:?} came back");
+        Ok(self)
+    }
 }
 
 /// Traffic of a service moves to its next version in steps.
@@ -121,9 +201,7 @@ fn a_killed_proxy_is_back_within_a_second() -> Result<()> {
             control.program.signal(Signal::SIGKILL)?;
             control.program.wait(PATIENCE)?;
         }
-        let supervisor = server.pid().to_string();
-        let proxy: i32 = run(host.command("pgrep").args(["-P", &supervisor, "-f", "__proxy"]))?.trim().parse()?;
-        kill(Pid::from_raw(proxy), Signal::SIGKILL)?;
+        kill(Processes::of(server.pid())?.proxy, Signal::SIGKILL)?;
         let killed = Instant::now();
         wait::until("it is served again", Duration::from_secs(1), ask)?;
         eprintln!("served again after {:?}, control plane there: {with_control}", killed.elapsed());
