@@ -105,8 +105,11 @@ pub fn stat(control: &Control, namespace: Option<&str>, window_s: u64) -> Stat {
         let name = format!("{}/{}", service.namespace, service.name);
         rows.entry(name.clone()).or_insert_with(|| StatRow { service: name, ..StatRow::default() });
     }
-    let workloads = control.workloads();
+    let (workloads, compiled) = (control.workloads(), control.state.compiled());
     for row in rows.values_mut() {
+        // Nobody watches over those without a proxy: they take traffic for as long as they are written down.
+        let written = ServiceName::parse(&row.service).map_or(0, |name| compiled.static_workloads_of(&name));
+        (row.workloads, row.ready) = (written, written);
         let answering = workloads.iter().filter(|workload| workload.services.contains(&row.service));
         for workload in answering {
             row.workloads += 1;

@@ -136,6 +136,11 @@ impl Compiled {
         self.attached.get(service).into_iter().flatten().filter_map(|name| self.routes.get(name))
     }
 
+    /// How many written workloads without a proxy answer for a service.
+    pub fn static_workloads_of(&self, service: &ServiceName) -> usize {
+        self.statics.get(service).map_or(0, Vec::len)
+    }
+
     /// The services that have a route sending to `service`.
     pub fn services_sending_to(&self, service: &ServiceName) -> impl Iterator<Item = &ServiceName> {
         self.referrers.get(service).into_iter().flatten()

@@ -88,7 +88,8 @@ pub(crate) fn table(rows: &[EdgeRow], detail: Detail) -> Columns {
     if full {
         headings.extend(["SIDE", "ROUTE", "PROTOCOL"]);
     }
-    headings.extend([">SUCCESS", ">RPS", ">P50", ">P95", ">P99", ">MESH", "MTLS", ">SENT", ">RECEIVED", ">TOTAL"]);
+    headings.extend([">SUCCESS", ">RPS", ">P50", ">P95", ">P99", ">MESH", "MTLS", ">SENT", ">RECEIVED"]);
+    headings.extend([">OPEN", ">TOTAL"]);
     headings.push(if full { "OUTCOMES" } else { "FAILURES" });
     let mut columns = Columns::new(&headings);
     for row in rows {
@@ -112,7 +113,8 @@ pub(crate) fn table(rows: &[EdgeRow], detail: Detail) -> Columns {
             }
             .to_owned(),
         );
-        cells.extend([bytes(row.window.bytes_sent), bytes(row.window.bytes_received), row.total.requests.to_string()]);
+        cells.extend([bytes(row.window.bytes_sent), bytes(row.window.bytes_received)]);
+        cells.extend([stat::open(&row.total), row.total.requests.to_string()]);
         cells.push(outcomes(&row.total.responses, full));
         columns.row(cells);
     }

@@ -157,13 +157,14 @@ impl Found {
 
     fn workloads(&self) -> Columns {
         let mut columns =
-            Columns::new(&["NAMESPACE", "NAME", "SERVICE", "STATE", "ADDRESS", "PORTS", "MODE", "CAPTURE"]);
+            Columns::new(&["NAMESPACE", "NAME", "SERVICE", "STATE", "READY", "ADDRESS", "PORTS", "MODE", "CAPTURE"]);
         for w in &self.workloads {
             columns.row([
                 w.namespace.clone(),
                 w.name.clone(),
                 w.services.join(","),
                 state(w.state).to_owned(),
+                format!("{}/{}", w.ports.iter().filter(|port| port.ready).count(), w.ports.len()),
                 w.address.clone(),
                 ports(&w.ports),
                 w.mode.clone(),
@@ -176,7 +177,7 @@ impl Found {
             .iter()
             .filter(|o| !self.workloads.iter().any(|w| w.namespace == o.namespace && w.name == o.name))
         {
-            columns.row([&o.namespace, &o.name, "", "written", "", "", "", ""]);
+            columns.row([&o.namespace, &o.name, "", "written", "", "", "", "", ""]);
         }
         columns
     }

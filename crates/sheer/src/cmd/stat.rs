@@ -84,6 +84,7 @@ fn services(rows: &[StatRow]) -> Columns {
         ">MTLS",
         ">SENT",
         ">RECEIVED",
+        ">OPEN",
         ">TOTAL",
     ]);
     for row in rows {
@@ -91,10 +92,19 @@ fn services(rows: &[StatRow]) -> Columns {
         cells.extend(figures(&row.window));
         cells.push(row.mtls.map(percent).unwrap_or_default());
         // What a service sends is what its callers receive.
-        cells.extend([bytes(row.window.bytes_received), bytes(row.window.bytes_sent), row.total.requests.to_string()]);
+        cells.extend([bytes(row.window.bytes_received), bytes(row.window.bytes_sent)]);
+        cells.extend([open(&row.total), row.total.requests.to_string()]);
         columns.row(cells);
     }
     columns
+}
+
+/// Connections of bytes that are open, as a cell: they are counted as ended, in the total, when they end.
+pub(crate) fn open(figures: &Figures) -> String {
+    match figures.connections_open {
+        1.. => figures.connections_open.to_string(),
+        _ => String::new(),
+    }
 }
 
 /// Success rate, rate, percentiles and the mesh's own part, as cells.
