@@ -451,7 +451,7 @@ async fn bytes(worker: Rc<Worker>, mut near: Io, mut read: BytesMut, session: Se
         let spoken = match detect::turn(&mut near, &mut read, &mut far).await {
             Ok(Turn::Bytes { passed, said: first }) => {
                 read.advance(passed);
-                record.counts.sent.set(passed as u64);
+                record.counts.sent(passed);
                 said = first;
                 None
             }

@@ -41,6 +41,11 @@ impl Counts {
         Self { edge: Some(edge), ..Self::default() }
     }
 
+    /// Counts bytes that were passed on before there was a relay.
+    pub fn sent(&self, count: usize) {
+        self.add(Way::Out, count);
+    }
+
     fn add(&self, way: Way, count: usize) {
         let count = count as u64;
         let (total, sent, received) = match way {
