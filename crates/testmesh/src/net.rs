@@ -166,11 +166,6 @@ impl Host {
         self.holder.command(program)
     }
 
-    /// A path of this host, as seen from the test.
-    pub fn path(&self, path: &str) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/root{path}", self.holder.0.id()))
-    }
-
     /// The mounts of this host, as in /proc/PID/mountinfo.
     ///
     /// # Errors
