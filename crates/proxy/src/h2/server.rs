@@ -23,6 +23,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// How long a client may take to say its preface.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// For how long a connection without a stream is kept, as HTTP/1 does: its end is announced between this and twice this
+/// time after its last stream.
+const IDLE: Duration = Duration::from_secs(60 * 60);
+
 /// Serves one client connection: each request in a task of its own, which ends when the client resets the stream. When
 /// draining begins the client gets a GOAWAY and the connection ends with its last stream. A service that has no response
 /// gives none, and the stream is reset. `refused` is told of requests that could not be read.
@@ -52,6 +56,8 @@ where
     let mut leaving = pin!(drain.reached(leave_at));
     // One timer for the connection's life: while nothing is open it may fire late, and once.
     let mut beat = pin!(tokio::time::sleep(PING_INTERVAL));
+    let mut idle = pin!(tokio::time::sleep(IDLE));
+    let mut quiet = false;
     loop {
         let busy = connection.has_streams();
         // Dropping the losing arm is safe: accepting keeps its state in the connection.
@@ -59,6 +65,7 @@ where
             biased;
             accepted = connection.accept() => match accepted {
                 Some(stream) => {
+                    quiet = false;
                     let (request, respond) = stream?;
                     // Boxed, since a task moves its future about as a whole.
                     tokio::task::spawn_local(Box::pin(answer(request, respond, service.clone(), refused.clone())));
@@ -68,6 +75,15 @@ where
             () = &mut leaving, if !told => {
                 told = true;
                 connection.graceful_shutdown();
+            }
+            () = &mut idle, if !told => {
+                // Nothing was asked since the last time: a request on its way now is sent again by its client.
+                if quiet && !busy {
+                    told = true;
+                    connection.graceful_shutdown();
+                }
+                quiet = !busy;
+                idle.as_mut().reset(tokio::time::Instant::now() + IDLE);
             }
             () = &mut beat, if busy => {
                 if !pinger.beat() {
@@ -327,6 +343,26 @@ mod tests {
             began.notified().await;
             waiting.abort();
             gone.notified().await;
+        };
+        LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_nobody_uses_is_closed_in_order() {
+        let test = async {
+            let (_signal, drain) = drain::channel();
+            let (client, server) = pair(drain, async |_: Request| ok(Body::Empty)).await;
+            let mut last = tokio::time::Instant::now();
+            for _ in 0..3 {
+                client.send(&head(), Body::Empty).await.unwrap();
+                last = tokio::time::Instant::now();
+                tokio::time::sleep(IDLE * 9 / 10).await;
+            }
+            assert!(client.is_open());
+            // Its client may be the first to close.
+            let _ = server.await.unwrap();
+            assert!((IDLE..=IDLE * 2).contains(&last.elapsed()), "{:?}", last.elapsed());
+            assert!(!client.is_open());
         };
         LocalSet::new().run_until(test).await;
     }
