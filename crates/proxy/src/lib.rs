@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod body;
 pub mod capture;
+mod certificate;
 pub mod connection;
 pub mod control;
 pub mod detect;

@@ -1,10 +1,10 @@
 //! TLS to a control plane: who is believed to be one, and as whom the proxy comes.
 
 use super::{Address, DialError};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, SignatureScheme};
+use crate::certificate::{Presented, Rule, Verifier, refused};
+use rustls::crypto::aws_lc_rs;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use rustls::{CertificateError, ClientConfig};
 use sha2::{Digest, Sha256};
 use std::io;
 use std::sync::Arc;
@@ -50,14 +50,13 @@ impl Trust {
 
     fn config(&self) -> Result<(ClientConfig, ServerName<'static>), rustls::Error> {
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let algorithms = provider.signature_verification_algorithms;
         let name = match self {
             Trust::Pin(_) => FIRST_CONTACT.to_owned(),
             Trust::Bundle { trust_domain, .. } => format!("control.{trust_domain}"),
         };
         let name =
             ServerName::try_from(name).map_err(|_| rustls::Error::General("the trust domain is no name".into()))?;
-        let verifier = Arc::new(Verifier { trust: self.clone(), algorithms });
+        let verifier = Arc::new(Verifier::new(self.clone(), &provider));
         let builder = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
@@ -103,85 +102,27 @@ fn now_text() -> String {
 }
 
 /// Recognises a control plane: its chain ends in a root that is trusted, and its certificate names a control plane.
-#[derive(Debug)]
-struct Verifier {
-    trust: Trust,
-    algorithms: WebPkiSupportedAlgorithms,
-}
-
-impl ServerCertVerifier for Verifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        if intermediates.len() >= MAX_CHAIN {
+impl Rule for Trust {
+    fn admit(&self, presented: &Presented<'_>) -> Result<(), rustls::Error> {
+        if presented.intermediates.len() >= MAX_CHAIN {
             return Err(CertificateError::UnknownIssuer.into());
         }
-        let (roots, name) = match &self.trust {
+        let (roots, name) = match self {
             Trust::Pin(pin) => {
-                let root = intermediates.last().unwrap_or(end_entity);
+                let root = presented.intermediates.last().unwrap_or(presented.leaf);
                 if key_hash(root)? != *pin {
                     return Err(rustls::Error::General("its root is not the one that the join token names".into()));
                 }
                 (std::slice::from_ref(root), None)
             }
-            Trust::Bundle { roots, .. } => (&**roots, Some(server_name)),
+            Trust::Bundle { roots, .. } => (&**roots, presented.server_name),
         };
         let anchors: Vec<_> = roots.iter().filter_map(|root| webpki::anchor_from_trusted_cert(root).ok()).collect();
-        let certificate = webpki::EndEntityCert::try_from(end_entity).map_err(of_webpki)?;
-        certificate
-            .verify_for_usage(
-                self.algorithms.all,
-                &anchors,
-                intermediates,
-                now,
-                webpki::KeyUsage::server_auth(),
-                None,
-                None,
-            )
-            .map_err(of_webpki)?;
+        let certificate = presented.chains_to(&anchors)?;
         match name {
-            Some(name) => certificate.verify_is_valid_for_subject_name(name).map_err(of_webpki)?,
-            None => names_a_control_plane(end_entity)?,
+            Some(name) => certificate.verify_is_valid_for_subject_name(name).map_err(refused),
+            None => names_a_control_plane(presented.leaf),
         }
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
-}
-
-fn of_webpki(error: webpki::Error) -> rustls::Error {
-    use webpki::Error;
-    match error {
-        Error::CertExpired { .. } => CertificateError::Expired.into(),
-        Error::CertNotValidYet { .. } => CertificateError::NotValidYet.into(),
-        Error::CertNotValidForName(_) => CertificateError::NotValidForName.into(),
-        Error::UnknownIssuer => CertificateError::UnknownIssuer.into(),
-        other => CertificateError::Other(rustls::OtherError(Arc::new(other))).into(),
     }
 }
 

@@ -4,17 +4,13 @@
 //! change of trust: new connections use the new ones, open connections stay. Ticket keys belong to the credentials, so
 //! that no session outlives the trust it was made under, and a client's sessions end with its certificate.
 
+use crate::certificate::{Presented, Rule, Verifier, invalid};
 use crate::io::Io;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{ClientSessionMemoryCache, Resumption};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, TrustAnchor, UnixTime};
-use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, TrustAnchor};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, HandshakeKind, ServerConfig,
-    SignatureScheme,
-};
+use rustls::{ClientConfig, HandshakeKind, ServerConfig};
 use sheer_core::identity::{IdentityError, SpiffeId};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -135,7 +131,7 @@ impl Credentials {
             return Err(TlsError::TrustDomain(leaf.id.trust_domain().to_owned()));
         }
         let provider = Arc::new(provider());
-        let verifier = Arc::new(Verifier::new(trust_domain, roots, &provider)?);
+        let verifier = Arc::new(Verifier::new(Workloads::of(trust_domain, roots)?, &provider));
         let certificate = Arc::new(SingleCertAndKey::from(CertifiedKey::from_der(chain, key, &provider)?));
         Ok(Arc::new(Self {
             server: Arc::new(server_config(&provider, &verifier, &certificate)?),
@@ -289,7 +285,7 @@ fn provider() -> CryptoProvider {
 
 fn server_config(
     provider: &Arc<CryptoProvider>,
-    verifier: &Arc<Verifier>,
+    verifier: &Arc<Verifier<Workloads>>,
     certificate: &Arc<SingleCertAndKey>,
 ) -> Result<ServerConfig, TlsError> {
     let mut config = ServerConfig::builder_with_provider(provider.clone())
@@ -304,7 +300,7 @@ fn server_config(
 
 fn client_config(
     provider: &Arc<CryptoProvider>,
-    verifier: Arc<Verifier>,
+    verifier: Arc<Verifier<Workloads>>,
     certificate: Arc<SingleCertAndKey>,
 ) -> Result<ClientConfig, TlsError> {
     let mut config = ClientConfig::builder_with_provider(provider.clone())
@@ -345,129 +341,27 @@ impl Leaf {
 
 /// Admits the workloads of one trust domain: a chain to one of its roots, the right usage, one workload identity.
 #[derive(Debug)]
-struct Verifier {
+struct Workloads {
     trust_domain: String,
     anchors: Vec<TrustAnchor<'static>>,
-    algorithms: WebPkiSupportedAlgorithms,
 }
 
-impl Verifier {
-    fn new(trust_domain: &str, roots: &[CertificateDer<'static>], provider: &CryptoProvider) -> Result<Self, TlsError> {
+impl Workloads {
+    fn of(trust_domain: &str, roots: &[CertificateDer<'static>]) -> Result<Self, TlsError> {
         let anchor = |root| webpki::anchor_from_trusted_cert(root).map(|anchor| anchor.to_owned());
         let anchors = roots.iter().map(anchor).collect::<Result<_, _>>().map_err(|_| TlsError::Malformed)?;
-        let algorithms = provider.signature_verification_algorithms;
-        Ok(Self { trust_domain: trust_domain.to_owned(), anchors, algorithms })
+        Ok(Self { trust_domain: trust_domain.to_owned(), anchors })
     }
+}
 
-    fn verify(
-        &self,
-        leaf: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-        usage: webpki::KeyUsage,
-    ) -> Result<(), rustls::Error> {
-        let certificate = webpki::EndEntityCert::try_from(leaf).map_err(refused)?;
-        certificate
-            .verify_for_usage(self.algorithms.all, &self.anchors, intermediates, now, usage, None, None)
-            .map_err(refused)?;
-        let read = Leaf::read(leaf).map_err(|error| invalid(Arc::new(error)))?;
+impl Rule for Workloads {
+    fn admit(&self, presented: &Presented<'_>) -> Result<(), rustls::Error> {
+        presented.chains_to(&self.anchors)?;
+        let read = Leaf::read(presented.leaf).map_err(|error| invalid(Arc::new(error)))?;
         if read.id.trust_domain() != self.trust_domain {
             return Err(invalid(Arc::new(TlsError::TrustDomain(read.id.trust_domain().to_owned()))));
         }
         Ok(())
-    }
-}
-
-fn refused(error: webpki::Error) -> rustls::Error {
-    let reason = match error {
-        webpki::Error::CertExpired { time, not_after } => CertificateError::ExpiredContext { time, not_after },
-        webpki::Error::CertNotValidYet { time, not_before } => {
-            CertificateError::NotValidYetContext { time, not_before }
-        }
-        webpki::Error::UnknownIssuer => CertificateError::UnknownIssuer,
-        webpki::Error::BadDer | webpki::Error::BadDerTime | webpki::Error::TrailingData(_) => {
-            CertificateError::BadEncoding
-        }
-        other => CertificateError::Other(rustls::OtherError(Arc::new(other))),
-    };
-    rustls::Error::InvalidCertificate(reason)
-}
-
-fn invalid(error: Arc<TlsError>) -> rustls::Error {
-    rustls::Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(error)))
-}
-
-impl ServerCertVerifier for Verifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        self.verify(end_entity, intermediates, now, webpki::KeyUsage::server_auth())?;
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::Error::PeerIncompatible(rustls::PeerIncompatible::Tls13RequiredForQuic))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
-}
-
-impl ClientCertVerifier for Verifier {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        self.verify(end_entity, intermediates, now, webpki::KeyUsage::client_auth())?;
-        Ok(ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        ServerCertVerifier::verify_tls12_signature(self, message, cert, dss)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        ServerCertVerifier::verify_tls13_signature(self, message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
     }
 }
 
