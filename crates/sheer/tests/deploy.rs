@@ -37,6 +37,38 @@ fn units_start_what_exists() {
     assert_eq!(lines, 3);
 }
 
+/// The settings that the head of a unit shows as an example.
+fn example(unit: &str) -> String {
+    let lines = unit.lines().skip_while(|line| !line.contains("for example")).skip(1);
+    let settings = lines.map_while(|line| line.strip_prefix("#   ")).take_while(|line| line.starts_with("    "));
+    settings.map(|line| format!("{}\n", line.trim())).collect()
+}
+
+#[test]
+fn the_settings_that_units_show_are_understood() {
+    let mut shown = 0;
+    for entry in std::fs::read_dir(deploy().join("systemd")).expect("deploy/systemd") {
+        let path = entry.expect("an entry").path();
+        let unit = std::fs::read_to_string(&path).expect("a unit");
+        let settings = example(&unit);
+        if !unit.contains("for example") {
+            continue;
+        }
+        assert!(settings.lines().count() >= 3, "{}: {settings}", path.display());
+        let file = tempfile::NamedTempFile::with_suffix(".yaml").expect("a file");
+        std::fs::write(file.path(), &settings).expect("written");
+        let verb = if unit.contains("sheer run") { "run" } else { "proxy" };
+        let output = Command::new(env!("CARGO_BIN_EXE_sheer"))
+            .args([verb, "web", "--print-settings", "--settings"])
+            .arg(file.path())
+            .output()
+            .expect("run sheer");
+        assert!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stderr));
+        shown += 1;
+    }
+    assert_eq!(shown, 2);
+}
+
 #[test]
 fn containers_start_what_exists() {
     let compose = std::fs::read_to_string(deploy().join("compose.yaml")).expect("deploy/compose.yaml");
