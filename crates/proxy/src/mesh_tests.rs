@@ -1,5 +1,6 @@
 //! Two proxies and an application in one process, over loopback, with real certificates.
 
+mod framing;
 mod reasons;
 
 use crate::body::Body;
@@ -74,10 +75,14 @@ pub(crate) fn worker() -> Rc<Worker> {
 }
 
 fn beside(ca: &Authority, name: &str, ports: &[u16], mode: Mode) -> Beside {
+    beside_with(ca, name, plan(name, ports, mode))
+}
+
+fn beside_with(ca: &Authority, name: &str, plan: Plan) -> Beside {
     let (leave, watch) = drain::channel();
     let (demand, demands) = Demand::channel();
     let proxy = Arc::new(Proxy {
-        plan: plan(name, ports, mode),
+        plan,
         snapshot: Arc::new(ArcSwap::from_pointee(Snapshot::new(DnsLabel::parse("default").unwrap()))),
         demand,
         credentials: Arc::new(ArcSwapOption::from(Some(ca.credentials("default", name)))),

@@ -242,7 +242,7 @@ pub(crate) fn forbidden_in_trailers(known: Known, name: &str) -> bool {
     match known {
         Known::GrpcStatus | Known::GrpcMessage => false,
         Known::Other => {
-            const FORBIDDEN: [&str; 13] = [
+            const FORBIDDEN: [&str; 14] = [
                 "authorization",
                 "www-authenticate",
                 "proxy-authenticate",
@@ -254,10 +254,13 @@ pub(crate) fn forbidden_in_trailers(known: Known, name: &str) -> bool {
                 "cache-control",
                 "location",
                 "forwarded",
+                "x-real-ip",
                 "age",
                 "max-forwards",
             ];
-            FORBIDDEN.iter().any(|forbidden| name.eq_ignore_ascii_case(forbidden)) || parse::is_mesh_field(name)
+            FORBIDDEN.iter().any(|forbidden| name.eq_ignore_ascii_case(forbidden))
+                || parse::is_mesh_field(name)
+                || parse::passes_for_another(name)
         }
         _ => true,
     }

@@ -66,22 +66,26 @@ pub(crate) struct ParsedResponse {
     pub(crate) keep_alive: bool,
 }
 
-/// Takes a request head off the front of the bytes; `None` while it is incomplete.
+/// Takes a request head off the front of the bytes; `None` while it is incomplete. `empty_line` says whether the empty
+/// line that may come before it has been taken already, and keeps it for the next call.
 ///
 /// # Errors
 /// The head is malformed, can be read in two ways, or is too large.
-pub(crate) fn request(bytes: &mut BytesMut, forward_proxy: bool) -> Result<Option<ParsedRequest>, Refusal> {
-    if !skip_empty_line(bytes)? {
+pub(crate) fn request(
+    bytes: &mut BytesMut,
+    forward_proxy: bool,
+    empty_line: &mut bool,
+) -> Result<Option<ParsedRequest>, Refusal> {
+    if !skip_empty_line(bytes, empty_line)? {
         return Ok(None);
     }
     let mut headers = [const { MaybeUninit::uninit() }; MAX_FIELDS];
     let mut parsed = httparse::Request::new(&mut []);
     let end = match parsed.parse_with_uninit_headers(bytes, &mut headers) {
         Ok(Status::Complete(end)) if end <= MAX_HEAD_BYTES => end,
-        Ok(Status::Complete(_)) => return Err(TOO_LARGE),
         Ok(Status::Partial) if bytes.len() <= MAX_HEAD_BYTES => return Ok(None),
-        Ok(Status::Partial) if parsed.version.is_none() => return Err(TARGET_TOO_LONG),
-        Ok(Status::Partial) => return Err(TOO_LARGE),
+        Ok(_) if memchr::memchr(b'\n', &bytes[..MAX_HEAD_BYTES]).is_none() => return Err(TARGET_TOO_LONG),
+        Ok(_) => return Err(TOO_LARGE),
         Err(error) => return Err(complaint(error)),
     };
     let (Some(method), Some(target), Some(version)) = (parsed.method, parsed.path, parsed.version) else {
@@ -171,7 +175,9 @@ pub(crate) fn response(bytes: &mut BytesMut, method: &Method) -> Result<Option<P
     }
 
     let framing = fields.response_framing(version, status, method).map_err(bad_response)?;
-    let keep_alive = fields.keep_alive(version) && framing != Framing::UntilClose;
+    // Who announces a body with a status that has none may send it all the same, and late.
+    let contradicts = status == StatusCode::NO_CONTENT && (fields.chunked || fields.length.is_some_and(|it| it > 0));
+    let keep_alive = fields.keep_alive(version) && framing != Framing::UntilClose && !contradicts;
     // 426 names protocols as well, but to say that none was chosen.
     let upgrade = matches!(status, StatusCode::SWITCHING_PROTOCOLS | StatusCode::UPGRADE_REQUIRED);
     let named = std::mem::take(&mut fields.named);
@@ -185,9 +191,12 @@ pub(crate) fn response(bytes: &mut BytesMut, method: &Method) -> Result<Option<P
 
 /// A recipient should skip an empty line before a request (RFC 9112, section 2.2): one, and only whole. False when
 /// more bytes are needed.
-fn skip_empty_line(bytes: &mut BytesMut) -> Result<bool, Refusal> {
+fn skip_empty_line(bytes: &mut BytesMut, skipped: &mut bool) -> Result<bool, Refusal> {
     match (bytes.first(), bytes.get(1)) {
-        (Some(b'\r'), Some(b'\n')) => bytes.advance(2),
+        (Some(b'\r'), Some(b'\n')) if !*skipped => {
+            bytes.advance(2);
+            *skipped = true;
+        }
         (Some(b'\r'), None) | (None, _) => return Ok(false),
         _ => {}
     }
@@ -295,11 +304,13 @@ impl<'a> FieldReader<'a> {
     fn read(&mut self, header: &Header<'_>) -> Result<(), &'static str> {
         self.place.check_line(header)?;
         let known = Known::of(header.name.as_bytes());
-        let (name, value) = self.place.ranges(header);
+        let (name, mut value) = self.place.ranges(header);
         match known {
             Known::Host => only(&mut self.host, value.clone(), "more than one Host")?,
             Known::ContentLength => {
                 only(&mut self.length, content_length(header.value)?, "more than one Content-Length")?;
+                // Some count in eights behind a zero: it goes on without.
+                value.start += header.value.iter().take(header.value.len() - 1).take_while(|it| **it == b'0').count();
             }
             Known::TransferEncoding => {
                 // Only this spelling: `identity`, lists, tabs and repetitions are what parsers disagree about.
@@ -403,7 +414,7 @@ fn only<T>(place: &mut Option<T>, value: T, complaint: &'static str) -> Result<(
     if place.replace(value).is_some() { Err(complaint) } else { Ok(()) }
 }
 
-fn content_length(value: &[u8]) -> Result<u64, &'static str> {
+pub(crate) fn content_length(value: &[u8]) -> Result<u64, &'static str> {
     if value.is_empty() || value.len() > 19 || !value.iter().all(u8::is_ascii_digit) {
         return Err("bad Content-Length");
     }
@@ -421,7 +432,7 @@ pub(crate) fn has_no_body(status: StatusCode, method: &Method) -> bool {
 }
 
 /// True for names like `Transfer_Encoding`, which some servers read as the real one.
-fn passes_for_another(name: &str) -> bool {
+pub(crate) fn passes_for_another(name: &str) -> bool {
     if !name.contains('_') {
         return false;
     }
@@ -550,7 +561,7 @@ pub(crate) fn is_authority(text: &[u8]) -> bool {
             let number = digits.iter().try_fold(0u32, |sum, digit| {
                 digit.is_ascii_digit().then(|| sum.saturating_mul(10).saturating_add(u32::from(digit - b'0')))
             });
-            number.is_some_and(|number| number <= 65_535)
+            !digits.is_empty() && number.is_some_and(|number| number <= 65_535)
         }
         _ => false,
     };

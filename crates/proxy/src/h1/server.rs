@@ -462,7 +462,7 @@ impl State {
                 || memchr::memchr(b'\n', fresh).is_some()
                 || self.read.len() > sheer_core::head::MAX_HEAD_BYTES;
             if !self.read.is_empty() && worth_parsing {
-                if let Some(parsed) = parse::request(&mut self.read, options.forward_proxy)? {
+                if let Some(parsed) = parse::request(&mut self.read, options.forward_proxy, &mut pause.empty_line)? {
                     pause.over();
                     return Poll::Ready(Ok(Some(parsed)));
                 }
@@ -618,6 +618,8 @@ struct Pause<'a, F> {
     slow_head: Option<Pin<Box<Sleep>>>,
     /// Bytes of the head looked at so far.
     searched: usize,
+    /// The empty line that may come before a request has come.
+    empty_line: bool,
 }
 
 impl<'a, F: Future<Output = ()>> Pause<'a, F> {
@@ -631,6 +633,7 @@ impl<'a, F: Future<Output = ()>> Pause<'a, F> {
             idle: None,
             slow_head: None,
             searched: 0,
+            empty_line: false,
         }
     }
 
@@ -639,6 +642,7 @@ impl<'a, F: Future<Output = ()>> Pause<'a, F> {
         self.since = None;
         self.slow_head = None;
         self.searched = 0;
+        self.empty_line = false;
     }
 
     /// Ready when an idle connection is to be closed.

@@ -1,9 +1,12 @@
 //! Heads between the `h2` crate's form and ours.
 //!
 //! The crate has already refused upper-case names, repeated or misplaced pseudo-fields, connection-specific fields and
-//! a `te` other than `trailers` (RFC 9113, section 8.2). Refused here: an authority that names a user or differs from
-//! `host`, a path that is none, and more than 100 fields.
+//! a `te` other than `trailers` (RFC 9113, section 8.2). Refused here: an authority that is more than host and port or
+//! differs from `host`, a path that is none, lengths with two readings, names that pass for the mesh's own, CONNECT, and
+//! more than 100 fields. The crate cuts a fragment off a path: it reaches nobody, and nothing is decided on it.
 
+use crate::h1::decode::forbidden_in_trailers;
+use crate::h1::parse::{content_length, is_authority, passes_for_another};
 use bytes::{BufMut, BytesMut};
 use http::header::{HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Uri};
@@ -16,6 +19,8 @@ pub(super) enum Refused {
     Malformed,
     /// More than 100 fields.
     TooManyFields,
+    /// CONNECT, to something that is no proxy.
+    Connect,
 }
 
 impl From<TooManyFields> for Refused {
@@ -26,6 +31,9 @@ impl From<TooManyFields> for Refused {
 
 /// Reads a request's head.
 pub(super) fn request_of(parts: &http::request::Parts) -> Result<RequestHead, Refused> {
+    if parts.method == Method::CONNECT {
+        return Err(Refused::Connect);
+    }
     let host = one_host(&parts.headers)?;
     let authority = match (parts.uri.authority().map(|it| it.as_str()), host) {
         (Some(authority), Some(host)) if !authority.eq_ignore_ascii_case(host) => return Err(Refused::Malformed),
@@ -33,7 +41,10 @@ pub(super) fn request_of(parts: &http::request::Parts) -> Result<RequestHead, Re
         (None, Some(host)) => host,
         (None, None) => "",
     };
-    if authority.bytes().any(|byte| matches!(byte, b'@' | b',' | b'/' | b'?' | b'#') || byte <= b' ') {
+    if !authority.is_empty() && !is_authority(authority.as_bytes()) {
+        return Err(Refused::Malformed);
+    }
+    if parts.uri.scheme_str().is_some_and(|scheme| !matches!(scheme, "http" | "https")) {
         return Err(Refused::Malformed);
     }
     let target = target_of(parts)?;
@@ -41,7 +52,7 @@ pub(super) fn request_of(parts: &http::request::Parts) -> Result<RequestHead, Re
     raw.put_slice(authority.as_bytes());
     raw.put_slice(target.as_bytes());
     let target = authority.len()..raw.len();
-    let fields = read_fields(raw, &parts.headers, |known| known != Known::Host)?;
+    let fields = read_fields(raw, &parts.headers, |known, name| Ok(unambiguous(known, name)? != Known::Host))?;
     let mut head = RequestHead::received(parts.method.clone(), Version::Http2, 0..target.start, target, fields);
     if parts.uri.scheme() == Some(&http::uri::Scheme::HTTPS) {
         head.scheme = Scheme::Https;
@@ -49,15 +60,12 @@ pub(super) fn request_of(parts: &http::request::Parts) -> Result<RequestHead, Re
     Ok(head)
 }
 
-/// Path and query: origin form, `*` for OPTIONS, empty for CONNECT.
+/// Path and query: origin form, or `*` for OPTIONS.
 fn target_of(parts: &http::request::Parts) -> Result<&str, Refused> {
-    if parts.method == Method::CONNECT {
-        return Ok("");
-    }
     let target = parts.uri.path_and_query().map_or("", |it| it.as_str());
     match target {
         "*" if parts.method == Method::OPTIONS => Ok(target),
-        _ if target.starts_with('/') && target.is_ascii() => Ok(target),
+        _ if target.starts_with('/') && target.bytes().all(|byte| byte.is_ascii_graphic()) => Ok(target),
         _ => Err(Refused::Malformed),
     }
 }
@@ -75,13 +83,23 @@ fn one_host(headers: &HeaderMap) -> Result<Option<&str>, Refused> {
 pub(super) fn response_of(parts: &http::response::Parts) -> Result<ResponseHead, Refused> {
     let mut head = ResponseHead::new(parts.status);
     head.version = Version::Http2;
-    head.fields = fields_of(&parts.headers)?;
+    let wanted = |known, name: &str| unambiguous(known, name).map(|_| true);
+    head.fields = read_fields(room_for(&parts.headers), &parts.headers, wanted)?;
     Ok(head)
 }
 
-/// Reads fields: of a head or of trailers.
-pub(super) fn fields_of(headers: &HeaderMap) -> Result<Fields, Refused> {
-    read_fields(BytesMut::with_capacity(capacity_for(headers)), headers, |_| true)
+/// Reads trailers, without the fields that mean nothing there.
+pub(super) fn trailers_of(headers: &HeaderMap) -> Result<Fields, Refused> {
+    read_fields(room_for(headers), headers, |known, name| Ok(!forbidden_in_trailers(known, name)))
+}
+
+/// The name, unless it passes for another one.
+fn unambiguous(known: Known, name: &str) -> Result<Known, Refused> {
+    if known == Known::Other && passes_for_another(name) { Err(Refused::Malformed) } else { Ok(known) }
+}
+
+fn room_for(headers: &HeaderMap) -> BytesMut {
+    BytesMut::with_capacity(capacity_for(headers))
 }
 
 /// Room for as many usual fields.
@@ -89,18 +107,30 @@ fn capacity_for(headers: &HeaderMap) -> usize {
     headers.len() * 48
 }
 
-/// Lays the fields behind what is there already.
-fn read_fields(mut raw: BytesMut, headers: &HeaderMap, wanted: impl Fn(Known) -> bool) -> Result<Fields, Refused> {
+/// Lays the fields that are wanted behind what is there already.
+fn read_fields(
+    mut raw: BytesMut,
+    headers: &HeaderMap,
+    wanted: impl Fn(Known, &str) -> Result<bool, Refused>,
+) -> Result<Fields, Refused> {
     let mut fields = Fields::default();
+    let mut sized = false;
     for (name, value) in headers {
         let known = Known::of(name.as_str().as_bytes());
-        if !wanted(known) {
+        if !wanted(known, name.as_str())? {
             continue;
+        }
+        if known == Known::ContentLength {
+            content_length(value.as_bytes()).map_err(|_| Refused::Malformed)?;
+            if std::mem::replace(&mut sized, true) {
+                return Err(Refused::Malformed);
+            }
         }
         let start = raw.len();
         raw.put_slice(name.as_str().as_bytes());
         let name_end = raw.len();
-        raw.put_slice(value.as_bytes());
+        // Blanks around a value belong to nobody (RFC 9113, section 8.2.1); gRPC messages have them all the same.
+        raw.put_slice(value.as_bytes().trim_ascii());
         fields.push_parsed(known, start..name_end, name_end..raw.len())?;
     }
     fields.lay_over(raw.freeze());
@@ -192,6 +222,15 @@ mod tests {
             ("http://web/", &[("host", "web"), ("host", "web")]),
             ("http://user@web/", &[]),
             ("/", &[("host", "a,b")]),
+            ("/", &[("host", "a;b")]),
+            ("/", &[("host", "a:")]),
+            ("ftp://web/", &[]),
+            ("http://web/", &[("content-length", "3"), ("content-length", "5")]),
+            ("http://web/", &[("content-length", "+3")]),
+            ("http://web/", &[("content-length", "")]),
+            ("http://web/", &[("content_length", "3")]),
+            ("http://web/", &[("x_forwarded_client_cert", "a")]),
+            ("http://web/", &[("x-sheer_peer", "a")]),
         ] {
             assert_eq!(request_of(&parts(uri, headers)).unwrap_err(), Refused::Malformed, "{uri} {headers:?}");
         }

@@ -70,8 +70,11 @@ impl Incoming {
         match ready!(self.stream.poll_trailers(cx)) {
             Ok(Some(trailers)) => {
                 self.finish();
-                let fields = convert::fields_of(&trailers).map_err(|_| BodyError::Malformed("too many trailer fields"));
-                Poll::Ready(Some(fields.map(|fields| Frame::Trailers(Box::new(fields)))))
+                Poll::Ready(match convert::trailers_of(&trailers) {
+                    Ok(fields) if fields.is_empty() => None,
+                    Ok(fields) => Some(Ok(Frame::Trailers(Box::new(fields)))),
+                    Err(_) => Some(Err(BodyError::Malformed("too many trailer fields"))),
+                })
             }
             Ok(None) => {
                 self.finish();

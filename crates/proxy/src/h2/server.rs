@@ -128,7 +128,11 @@ async fn answer<S, R>(
         }
         Err(convert::Refused::TooManyFields) => {
             refused(Cause::HeadTooLarge);
-            return refuse(&mut respond, Cause::HeadTooLarge);
+            return refuse(&mut respond, Cause::HeadTooLarge.status(), Cause::HeadTooLarge);
+        }
+        Err(convert::Refused::Connect) => {
+            refused(Cause::BadRequest);
+            return refuse(&mut respond, StatusCode::METHOD_NOT_ALLOWED, Cause::BadRequest);
         }
     };
     let body = body_of(stream, &parts.headers);
@@ -152,9 +156,9 @@ pub(super) fn body_of(stream: RecvStream, headers: &http::HeaderMap) -> Body {
     Body::H2(Incoming::new(stream, length))
 }
 
-fn refuse(respond: &mut SendResponse<Bytes>, cause: Cause) {
+fn refuse(respond: &mut SendResponse<Bytes>, status: StatusCode, cause: Cause) {
     let mut response = http::Response::new(());
-    *response.status_mut() = cause.status();
+    *response.status_mut() = status;
     response.headers_mut().insert("x-sheer-reason", http::HeaderValue::from_static(cause.reason()));
     // Fails only when the client is gone.
     let _ = respond.send_response(response, true);

@@ -2,7 +2,7 @@ use super::*;
 use rstest::rstest;
 
 fn parse(input: &[u8]) -> Result<Option<ParsedRequest>, Refusal> {
-    request(&mut BytesMut::from(input), false)
+    request(&mut BytesMut::from(input), false, &mut false)
 }
 
 fn answer(input: &[u8], method: Method) -> Result<Option<ParsedResponse>, Refusal> {
@@ -73,6 +73,7 @@ fn fields_with_two_readings_are_refused(#[case] lines: &str) {
 #[case::host_escape("GET / HTTP/1.1\r\nHost: %61\r\n\r\n")]
 #[case::host_port("GET / HTTP/1.1\r\nHost: a:65536\r\n\r\n")]
 #[case::host_port_name("GET / HTTP/1.1\r\nHost: a:http\r\n\r\n")]
+#[case::host_port_empty("GET / HTTP/1.1\r\nHost: a:\r\n\r\n")]
 #[case::host_ports("GET / HTTP/1.1\r\nHost: a:1:2\r\n\r\n")]
 #[case::host_bracket("GET / HTTP/1.1\r\nHost: [::1\r\n\r\n")]
 #[case::absolute_other("GET http://b/ HTTP/1.1\r\nHost: a\r\n\r\n")]
@@ -107,6 +108,7 @@ fn sizes_are_bounded() {
     let status = |input: String| parse(input.as_bytes()).unwrap_err().status;
     let long = "a".repeat(64 * 1024);
     assert_eq!(status(format!("GET /{long}")), StatusCode::URI_TOO_LONG);
+    assert_eq!(status(format!("GET /{long} HTTP/1.1\r\nHost: a\r\n\r\n")), StatusCode::URI_TOO_LONG);
     assert_eq!(status(format!("GET / HTTP/1.1\r\nHost: a\r\nX: {long}")), StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
     assert_eq!(
         status(format!("GET / HTTP/1.1\r\nHost: a\r\nX: {long}\r\n\r\n")),
@@ -122,7 +124,7 @@ fn sizes_are_bounded() {
 fn connect_is_for_forward_proxies() {
     let input = b"CONNECT api:443 HTTP/1.1\r\nHost: api:443\r\n\r\n";
     assert_eq!(parse(input).unwrap_err().status, StatusCode::METHOD_NOT_ALLOWED);
-    let parsed = request(&mut BytesMut::from(&input[..]), true).unwrap().unwrap();
+    let parsed = request(&mut BytesMut::from(&input[..]), true, &mut false).unwrap().unwrap();
     assert_eq!((parsed.head.authority(), parsed.head.target()), ("api:443", ""));
     for wrong in [
         "CONNECT api HTTP/1.1\r\nHost: api\r\n\r\n",
@@ -130,7 +132,7 @@ fn connect_is_for_forward_proxies() {
         "CONNECT api:443 HTTP/1.1\r\nHost: api:443\r\nContent-Length: 5\r\n\r\n",
         "CONNECT api:443 HTTP/1.1\r\nHost: api:443\r\nTransfer-Encoding: chunked\r\n\r\n",
     ] {
-        assert!(request(&mut BytesMut::from(wrong), true).is_err(), "{wrong}");
+        assert!(request(&mut BytesMut::from(wrong), true, &mut false).is_err(), "{wrong}");
     }
 }
 
@@ -192,7 +194,8 @@ fn connections_live_on_as_the_versions_say() {
 #[case("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", Framing::Chunked, true)]
 #[case("HTTP/1.1 200 OK\r\n\r\n", Framing::UntilClose, false)]
 #[case("HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n", Framing::None, true)]
-#[case("HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", Framing::None, true)]
+#[case("HTTP/1.1 204 No Content\r\n\r\n", Framing::None, true)]
+#[case("HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", Framing::None, true)]
 #[case("HTTP/1.1 304 Not Modified\r\nTransfer-Encoding: chunked\r\n\r\n", Framing::None, true)]
 #[case("HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\n", Framing::Length(5), false)]
 #[case("HTTP/1.0 200 OK\r\nContent-Length: 5\r\nConnection: keep-alive\r\n\r\n", Framing::Length(5), true)]
@@ -201,6 +204,15 @@ fn responses_end_where_their_heads_say(#[case] input: &str, #[case] framing: Fra
     let parsed = answer(input.as_bytes(), Method::GET).unwrap().unwrap();
     assert_eq!((parsed.framing, parsed.keep_alive), (framing, keep_alive));
     assert_eq!(answer(input.as_bytes(), Method::HEAD).unwrap().unwrap().framing, Framing::None);
+}
+
+#[test]
+fn an_answer_that_announces_a_body_it_cannot_have_ends_its_connection() {
+    for line in ["Content-Length: 5", "Transfer-Encoding: chunked"] {
+        let input = format!("HTTP/1.1 204 No Content\r\n{line}\r\n\r\n");
+        let parsed = answer(input.as_bytes(), Method::GET).unwrap().unwrap();
+        assert_eq!((parsed.framing, parsed.keep_alive), (Framing::None, false), "{line}");
+    }
 }
 
 #[rstest]
