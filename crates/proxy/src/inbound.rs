@@ -77,10 +77,13 @@ struct Edges {
     tcp: Arc<Edge>,
 }
 
-/// Serves one connection at the mesh's door.
-pub async fn accept(worker: Rc<Worker>, stream: TcpStream) {
+/// Serves one connection at the mesh's door, or at one where plaintext means a port.
+pub async fn accept(worker: Rc<Worker>, stream: TcpStream, port: Option<u16>) {
     let Ok(local) = stream.local_addr() else { return };
-    let dialled = original_destination(&stream).unwrap_or_else(|| at_the_door(&worker, local));
+    let dialled = match port {
+        Some(port) => SocketAddr::new(local.ip(), port),
+        None => original_destination(&stream).unwrap_or_else(|| at_the_door(&worker, local)),
+    };
     let may_be_plaintext = plaintext(&worker, &stream, dialled.port());
     let may_speak_first = may_be_plaintext.is_ok() && !is_client_first(&worker, dialled.port());
     let mut looked = timeout(if may_speak_first { SILENCE } else { HANDSHAKE_TIMEOUT }, first_look(&stream)).await;
@@ -106,7 +109,7 @@ pub async fn accept(worker: Rc<Worker>, stream: TcpStream) {
 }
 
 /// Where a connection goes that dialled the door itself. A mesh peer names the port; plaintext cannot, so before a
-/// workload in a namespace of its own it means the only port there is.
+/// workload in a namespace of its own it means the only port there is. Several ports have doors of their own.
 fn at_the_door(worker: &Worker, local: SocketAddr) -> SocketAddr {
     match (&worker.proxy.inside, worker.proxy.plan.ports.as_slice()) {
         (Some(_), [only]) => SocketAddr::new(local.ip(), only.port),

@@ -36,6 +36,8 @@ pub enum Traffic {
     Forward,
     /// To the workload, from peers.
     Inbound,
+    /// The same where plaintext means this port.
+    Door(u16),
     /// To this port of the workload, from people on this host.
     Published(u16),
 }
@@ -50,6 +52,7 @@ impl Traffic {
                 ServiceName::parse(&name).ok().map(|name| Traffic::Upstream(name, *port))
             }
             Role::Inbound => Some(Traffic::Inbound),
+            Role::Door { port } => Some(Traffic::Door(*port)),
             Role::Publish { port } => Some(Traffic::Published(*port)),
             Role::Forward => Some(Traffic::Forward),
             Role::DnsUdp | Role::DnsTcp | Role::Admin | Role::Metrics => None,
@@ -59,7 +62,7 @@ impl Traffic {
     /// Whether it leads to the workload.
     fn is_inbound(&self) -> bool {
         match self {
-            Traffic::Inbound | Traffic::Published(_) => true,
+            Traffic::Inbound | Traffic::Door(_) | Traffic::Published(_) => true,
             Traffic::Outbound | Traffic::Upstream(..) | Traffic::Forward => false,
         }
     }
@@ -153,7 +156,8 @@ async fn serve(worker: Rc<Worker>, stream: TcpStream, from: SocketAddr, traffic:
             outbound::accept(worker, stream, outbound::Asked::Service(service, port)).await;
         }
         Traffic::Forward => forward::accept(worker, stream).await,
-        Traffic::Inbound => inbound::accept(worker, stream).await,
+        Traffic::Inbound => inbound::accept(worker, stream, None).await,
+        Traffic::Door(port) => inbound::accept(worker, stream, Some(port)).await,
         Traffic::Published(port) => inbound::accept_published(worker, stream, port).await,
     }
 }

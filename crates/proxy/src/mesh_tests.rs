@@ -649,6 +649,30 @@ async fn a_permissive_workload_admits_plaintext_as_nobody_and_peers_as_themselve
 }
 
 #[tokio::test]
+async fn plaintext_means_the_port_whose_door_it_comes_to() {
+    let test = async {
+        let (one, other) = (application("one").await, application("other").await);
+        let ca = Authority::new("mesh.internal");
+        let web = beside(&ca, "web", &[one, other], Mode::Permissive);
+        for (port, text) in [(one, "one"), (other, "other")] {
+            let door = web.door(Traffic::Door(port)).await;
+            let answer = get(door, "/").await;
+            assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with(&format!("{text}\n")), "{answer}");
+            // A mesh peer names its port at any door.
+            let api = beside(&ca, "api", &[], Mode::Strict);
+            api.knows("default/web", Protocol::Http, &[(door, other)]);
+            let answer = get(api.door(upstream("web")).await, "/").await;
+            assert!(answer.contains("other\nx-forwarded-client-cert: uri=spiffe"), "{answer}");
+        }
+        // Nobody is admitted there who is not elsewhere.
+        let strict = beside(&ca, "web", &[one, other], Mode::Strict);
+        let answer = get(strict.door(Traffic::Door(one)).await, "/").await;
+        assert!(answer.starts_with("HTTP/1.1 403") && answer.contains("plaintext-refused"), "{answer}");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
 async fn a_watching_door_does_not_call_itself() {
     let test = async {
         let watch = beside(&Authority::new("mesh.internal"), "web", &[], Mode::Watch);

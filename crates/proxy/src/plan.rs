@@ -163,6 +163,12 @@ pub enum Role {
     DnsUdp,
     /// DNS over TCP.
     DnsTcp,
+    /// The same where plaintext means this port of the application, which it cannot name itself. Before a workload that
+    /// does not share its network with the proxy.
+    Door {
+        /// The application's port.
+        port: u16,
+    },
     /// Plaintext from people on this host, for this port of the application.
     Publish {
         /// The application's port.

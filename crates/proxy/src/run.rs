@@ -296,6 +296,7 @@ impl Sockets {
                 | Role::Metrics
                 | Role::Outbound
                 | Role::Inbound
+                | Role::Door { .. }
                 | Role::Publish { .. }
                 | Role::Upstream { .. }
                 | Role::Forward => {
@@ -323,10 +324,10 @@ impl Sockets {
         Ok(Ports::of(self.tables.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>()?))
     }
 
-    /// The port on which mesh connections arrive, where the proxy has one.
-    fn inbound_port(&self) -> Option<u16> {
-        let inbound = self.doors.iter().find(|door| door.role == Role::Inbound)?;
-        inbound.listener.local_addr().ok().map(|it| it.port())
+    /// The port on which connections of this role arrive, where the proxy has one.
+    fn port_of(&self, role: &Role) -> Option<u16> {
+        let door = self.doors.iter().find(|door| door.role == *role)?;
+        door.listener.local_addr().ok().map(|it| it.port())
     }
 }
 
@@ -375,7 +376,12 @@ impl OwnHalf {
         let sync = Sync::new(Setup {
             namespace: service.namespace.clone(),
             control,
-            registration: registration(plan, &service.to_string(), sockets.inbound_port(), metrics.epoch_micros()),
+            registration: registration(
+                plan,
+                &service.to_string(),
+                |role| sockets.port_of(role),
+                metrics.epoch_micros(),
+            ),
             ready_ports,
             leaving: leaving_receiver,
             held: keeper.held(),
@@ -447,13 +453,18 @@ impl OwnHalf {
 }
 
 /// What the control plane is told of the workload. Where traffic to the application's ports is captured, peers dial those;
-/// elsewhere the port that the proxy holds for them.
-fn registration(plan: &Plan, service: &str, inbound: Option<u16>, epoch: u64) -> v1::Registration {
-    let captured = matches!(plan.capture, Capture::Cgroup | Capture::Here);
+/// elsewhere the port that the proxy holds for them: one for all, and in plaintext, which cannot say which is meant, that
+/// port's own.
+fn registration(plan: &Plan, service: &str, door: impl Fn(&Role) -> Option<u16>, epoch: u64) -> v1::Registration {
+    let dialled = |port: u16| match (plan.capture, plan.mode) {
+        (Capture::Cgroup | Capture::Here, _) => port,
+        (_, Mode::Watch) => door(&Role::Door { port }).or_else(|| door(&Role::Inbound)).unwrap_or(port),
+        _ => door(&Role::Inbound).unwrap_or(port),
+    };
     let port = |it: &plan::PlannedPort| v1::ListeningPort {
         port: it.port.into(),
         protocol: protocol(it.protocol).into(),
-        mesh_port: if captured { it.port } else { inbound.unwrap_or(it.port) }.into(),
+        mesh_port: dialled(it.port).into(),
         name: String::new(),
         ready: false,
         hop: if plan.mode == Mode::Watch { v1::Hop::None } else { v1::Hop::Sheer1 }.into(),
@@ -506,10 +517,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn in_plaintext_each_port_is_dialled_at_its_own_door() {
+        let told = |mode, doors: &[u16]| {
+            let plan = Plan { capture: Capture::Netns, ..crate::mesh_tests::plan("web", &[80, 81], mode) };
+            let door = |role: &Role| match role {
+                Role::Inbound => Some(40_000),
+                Role::Door { port } => doors.contains(port).then_some(41_000 + port),
+                _ => None,
+            };
+            let registration = registration(&plan, "default/web", door, 1);
+            registration.ports.iter().map(|port| port.mesh_port).collect::<Vec<_>>()
+        };
+        assert_eq!(told(Mode::Watch, &[80, 81]), [41_080, 41_081]);
+        assert_eq!(told(Mode::Watch, &[81]), [40_000, 41_081]);
+        assert_eq!(told(Mode::Strict, &[80, 81]), [40_000, 40_000], "mesh peers name the port");
+    }
+
+    #[test]
     fn a_port_in_a_namespace_of_its_own_is_none_of_the_hosts() {
         let told = |capture| {
             let plan = Plan { capture, ..crate::mesh_tests::plan("web", &[8080], Mode::Strict) };
-            let registration = registration(&plan, "default/web", Some(40_000), 1);
+            let registration = registration(&plan, "default/web", |_| Some(40_000), 1);
             let [port] = registration.ports.as_slice() else { panic!("one port") };
             (port.mesh_port, port.at_address)
         };

@@ -28,7 +28,8 @@ fn send_a_marker(mode: &str, readable: bool) -> Result<()> {
     let home = net.directory().join(mode);
     std::fs::create_dir_all(&home)?;
     let service = format!("echo-{mode}");
-    let _server = serve(&server, &control, &home, &service, &service, &["--mode", mode])?;
+    // A second port, so that plaintext has to say which it means.
+    let _server = serve(&server, &control, &home, &service, &service, &["--mode", mode, "--port", "8999"])?;
     let _client = idle(&client, &control, &home, &format!("client-{mode}"))?;
     control.serves(&service, 1)?;
     let marker = format!("marker-{:032x}", rand::random::<u128>());

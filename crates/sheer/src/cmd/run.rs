@@ -119,9 +119,10 @@ pub(crate) struct Workload {
     #[arg(long, value_name = "DOMAIN", default_value = "mesh.internal")]
     pub(crate) domain: String,
 
-    /// Where mesh peers connect: a port of this host [default: a free one; 15006 with --capture here]
-    #[arg(long, value_name = "PORT")]
-    pub(crate) inbound_port: Option<u16>,
+    /// Where mesh peers connect: a port of this host [default: a free one; 15006 with --capture here]. PORT=PORT: a
+    /// further one where plaintext, as far as it is admitted, means that port of the application
+    #[arg(long, value_name = "PORT[=PORT]", value_parser = inbound)]
+    pub(crate) inbound_port: Vec<Inbound>,
 
     /// Where captured connections go in a shared namespace [default: a free one; 15001 with --capture here]
     #[arg(long, value_name = "PORT")]
@@ -184,6 +185,15 @@ impl From<ModeChoice> for Mode {
             ModeChoice::Strict => Self::Strict,
         }
     }
+}
+
+/// A port of this host where mesh connections arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Inbound {
+    /// The port; 0 is a free one.
+    pub(crate) port: u16,
+    /// The application's port that plaintext means there; none at the one door for all.
+    pub(crate) target: Option<u16>,
 }
 
 /// `--publish`.
@@ -273,6 +283,13 @@ fn publish(text: &str) -> Result<Publish, String> {
     Ok(Publish { address, port, target: target.map_or(Ok(port), number)? })
 }
 
+fn inbound(text: &str) -> Result<Inbound, String> {
+    let (port, target) = text.split_once('=').map_or((text, None), |(port, target)| (port, Some(target)));
+    // 0 is a free one.
+    let port = port.parse().map_err(|_| format!("'{port}' is no port; give 0 to 65535"))?;
+    Ok(Inbound { port, target: target.map(number).transpose()? })
+}
+
 fn upstream(text: &str) -> Result<Upstream, String> {
     let (listen, service) = text.split_once('=').ok_or("give ADDR:PORT=[NS/]SERVICE[:PORT]")?;
     let listen: SocketAddr = match listen.strip_prefix("localhost:") {
@@ -313,6 +330,15 @@ mod tests {
         assert_eq!(publish("[::]:80=1").address, Some("::".parse().unwrap()));
         for bad in ["", "0", "a:1", "1=", "1=0"] {
             assert!(super::publish(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn inbound_ports() {
+        assert_eq!(inbound("15006").unwrap(), Inbound { port: 15006, target: None });
+        assert_eq!(inbound("0=8081").unwrap(), Inbound { port: 0, target: Some(8081) });
+        for bad in ["", "x", "1=", "1=0", "70000"] {
+            assert!(inbound(bad).is_err(), "{bad}");
         }
     }
 

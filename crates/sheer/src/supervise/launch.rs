@@ -69,7 +69,7 @@ pub(super) fn launch(
 
     // Of the host's network.
     let shared = matches!(settled.capture, Capture::Here | Capture::Cgroup);
-    let inbound = host_listeners(workload, settled.capture, &mut sockets, &mut record)?;
+    let inbound = host_listeners(workload, &settled, &mut sockets, &mut record)?;
     let captured = if shared { Some(shared_listeners(workload, &settled, &mut sockets)?) } else { None };
     let credentials = if settled.capture == Capture::Env { Some(forward(&mut sockets, &mut record)?) } else { None };
     let upstreams: Vec<Upstream> = workload
@@ -217,26 +217,40 @@ pub(super) fn launch(
     })
 }
 
-/// The mesh's door, published ports and metrics; the port of the first.
-fn host_listeners(workload: &Workload, capture: Capture, sockets: &mut Sockets, record: &mut Record) -> Result<u16> {
+/// The mesh's door, doors for plaintext to one port, published ports and metrics; the port of the first.
+fn host_listeners(workload: &Workload, settled: &Settled, sockets: &mut Sockets, record: &mut Record) -> Result<u16> {
+    let capture = settled.capture;
     let here = capture == Capture::Here;
-    let wanted = workload.inbound_port.unwrap_or(if here { 15006 } else { 0 });
+    let chosen = workload.inbound_port.iter().find(|it| it.target.is_none());
+    let wanted = chosen.map_or(if here { 15006 } else { 0 }, |it| it.port);
     let shared = matches!(capture, Capture::Here | Capture::Cgroup);
     let ips: Vec<IpAddr> = match workload.address {
         // Redirected connections arrive at whatever address they were sent to.
         Some(address) if !shared => vec![address],
         _ => EVERYWHERE.into(),
     };
-    let (inbound, made) = sockets::together(&ips, wanted, &[Kind::Tcp]).map_err(|error| {
-        in_use(
-            error,
-            "--inbound-port",
-            SocketAddr::new(ips[0], wanted),
-            "another, or 0 for a free one, by --inbound-port",
-        )
-    })?;
-    made.into_iter().for_each(|(_, socket)| sockets.add(Role::Inbound, socket));
+    let mut open = |wanted: u16, role: Role| -> Result<u16> {
+        let (port, made) = sockets::together(&ips, wanted, &[Kind::Tcp]).map_err(|error| {
+            in_use(
+                error,
+                "--inbound-port",
+                SocketAddr::new(ips[0], wanted),
+                "another, or 0 for a free one, by --inbound-port",
+            )
+        })?;
+        made.into_iter().for_each(|(_, socket)| sockets.add(role.clone(), socket));
+        Ok(port)
+    };
+    let inbound = open(wanted, Role::Inbound)?;
     record.inbound = Some(SocketAddr::new(ips[0], inbound).to_string());
+    for port in workload.port.iter().map(|it| it.port) {
+        let door = workload.inbound_port.iter().find(|it| it.target == Some(port));
+        // Peers of a workload in watch mode come in plaintext, which cannot say which of several ports it means.
+        let is_needed = settled.mode == Mode::Watch && !shared && workload.port.len() > 1;
+        if let Some(wanted) = door.map(|it| it.port).or_else(|| is_needed.then_some(0)) {
+            open(wanted, Role::Door { port })?;
+        }
+    }
 
     for publish in &workload.publish {
         let ips = publish.address.map_or_else(|| LOOPBACK.to_vec(), |address| vec![address]);

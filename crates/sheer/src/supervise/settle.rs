@@ -115,6 +115,24 @@ fn check_ports(workload: &Workload, capture: Capture) -> Result<()> {
             );
         }
     }
+    if workload.inbound_port.iter().filter(|it| it.target.is_none()).count() > 1 {
+        bail!(
+            "--inbound-port is given twice; of further ones say which port of the application they mean, as --inbound-port PORT=PORT"
+        );
+    }
+    let mut meant = Vec::new();
+    for target in workload.inbound_port.iter().filter_map(|it| it.target) {
+        if matches!(capture, Capture::Cgroup | Capture::Here) {
+            bail!("--inbound-port PORT={target}: in a shared network plaintext arrives at port {target} itself");
+        }
+        if !declared.contains(&target) {
+            bail!("--inbound-port PORT={target}: the application has no such port; declare it by --port {target}");
+        }
+        if meant.contains(&target) {
+            bail!("--inbound-port PORT={target} is given twice");
+        }
+        meant.push(target);
+    }
     if capture != Capture::Netns && !workload.host_port.is_empty() {
         bail!("--host-port goes with --capture netns alone: the workload shares this host's loopback already");
     }
@@ -153,6 +171,10 @@ mod tests {
             ("web --publish 8080", true, "declare it by --port 8080"),
             ("web --port 8080 --publish 8080 --capture env", true, "publish another"),
             ("web --port 80 --port 80", true, "given twice"),
+            ("web --port 80 --inbound-port 1 --inbound-port 2", true, "given twice"),
+            ("web --port 80 --inbound-port 1=81", true, "declare it by --port 81"),
+            ("web --port 80 --inbound-port 1=80 --inbound-port 2=80", true, "given twice"),
+            ("web --port 80 --inbound-port 1=80 --capture here", false, "in a shared network"),
             ("web --host-port 15012", true, "Sheer's own"),
             ("web --host-port 5432 --capture env", true, "--capture netns alone"),
             ("web --capture netns", false, "needs a command"),
