@@ -2,6 +2,8 @@
 
 #[path = "host/adopted.rs"]
 mod adopted;
+#[path = "host/passes.rs"]
+mod passes;
 #[path = "host/standin.rs"]
 mod standin;
 #[path = "host/world.rs"]
@@ -329,22 +331,6 @@ fn env_leads_to_the_forward_proxy_with_a_secret() {
     assert!(out.starts_with("forward login=true"), "{out}{err}");
     assert!(out.contains("ALL_PROXY=socks5h://") && out.contains("NO_PROXY=localhost"), "{out}");
     assert!(err.contains("goes around the mesh"), "{err}");
-}
-
-#[test]
-fn messages_to_systemd_pass_through_the_supervisor() {
-    let world = World::of(NOBODY);
-    let place = world.path("home/notify");
-    let systemd = std::os::unix::net::UnixDatagram::bind(&place).unwrap();
-    std::os::unix::fs::chown(&place, Some(NOBODY), None).unwrap();
-    systemd.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();
-    let test = world.path("test");
-    let mut workload = world.workload("run web", Some(&format!("{} __notifies", test.display())));
-    workload.env("NOTIFY_SOCKET", &place).env("STANDIN_NOTIFIES", "1");
-    let running = world.start(workload);
-    let mut message = [0; 256];
-    let length = systemd.recv(&mut message).unwrap_or_else(|error| panic!("{error}: {}", running.err()));
-    assert_eq!(String::from_utf8_lossy(&message[..length]), "READY=1\nSTATUS=serving", "but not the main process");
 }
 
 #[test]
