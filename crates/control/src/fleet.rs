@@ -16,7 +16,7 @@ use sheer_core::identity::SpiffeId;
 use sheer_core::name::{DnsLabel, ServiceName};
 use sheer_core::wire::v1::edge::Side;
 use sheer_core::wire::v1::{
-    ControlNotice, Health, Mode, ProxyReport, RegistrationRefused, control_notice, proxy_report,
+    ControlNotice, Health, Mode, ProxyReport, Registration, RegistrationRefused, control_notice, proxy_report,
 };
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -556,10 +556,25 @@ impl Attached {
         }
     }
 
+    /// A proxy that comes with the certificate of a control plane before this one asks for another by itself: that is no
+    /// refusal, which somebody would have to mend.
+    fn known(&self, registration: &Registration) -> Result<(), Status> {
+        let names = DnsLabel::parse(&registration.namespace).ok().zip(DnsLabel::parse(&registration.name).ok());
+        let uid = names.map(|(namespace, name)| uid_of(&namespace, &name));
+        match uid.filter(|uid| self.control.fleet.attested(uid).is_none()) {
+            Some(uid) => {
+                tracing::info!(%uid, from = %self.peer.from(), "a proxy comes with a certificate of another time");
+                Err(Status::unauthenticated("no certificate of this control plane is on record; ask for one first"))
+            }
+            None => Ok(()),
+        }
+    }
+
     async fn take(&mut self, body: proxy_report::Body) -> Result<(), Status> {
         let control = self.control.clone();
         let fleet = &control.fleet;
         if let proxy_report::Body::Registration(registration) = body {
+            self.known(&registration)?;
             let answer = fleet.register(&control, &self.peer, registration, self.session).await;
             let body = match answer {
                 Ok((uid, warnings)) => {

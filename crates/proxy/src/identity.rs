@@ -212,7 +212,10 @@ impl Keeper {
                     Err(error) if held.is_none() && error.is_final() => return error,
                     Err(error) => {
                         failures += 1;
-                        if failures == 1 || u32::is_multiple_of(failures, 10) {
+                        // That nobody answers yet is told by the supervisor, once that lasts.
+                        let waits =
+                            held.is_none() && matches!(error, IdentityError::Dial(DialError::Unreachable { .. }));
+                        if (failures == 1 && !waits) || u32::is_multiple_of(failures, 10) {
                             tracing::warn!("{error}");
                         }
                         let valid = held.as_ref().is_some_and(|held| now < held.not_after());
