@@ -5,12 +5,13 @@ use serde_json::Value;
 use sheer_testmesh::mesh::{Control, PATIENCE, Person, Workload};
 use sheer_testmesh::net::{Host, Net};
 use sheer_testmesh::program::{Program, run, sheer};
-use sheer_testmesh::shop;
+use sheer_testmesh::shop::{self, AROUND, Customers, PLAIN_USER};
 use sheer_testmesh::unit::{Unit, Units};
 use sheer_testmesh::wait;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 /// The ways to capture, as workloads are named after them, and the port that each one's application listens on: those
 /// without a network of their own share the host's ports.
@@ -77,6 +78,76 @@ fn workloads_of_every_capture_call_each_other() -> Result<()> {
     }
     all_were_authenticated(&control, &services)?;
     residents.iter().try_for_each(|(side, capture, resident)| side.refuses_udp(capture, resident, center.address()))
+}
+
+/// No packet passes between one host and the control plane for ten seconds: no request of that host's workloads fails,
+/// and what was changed meanwhile is in force there soon after packets pass again.
+#[test]
+fn a_host_cut_off_from_the_control_plane_serves_on() -> Result<()> {
+    let net = Net::new()?;
+    let (center, near, far) = (net.host("center")?, net.host("near")?, net.host("far")?);
+    let control = Control::start(&center, &net.directory().join("control"))?;
+    let mut shops = Vec::new();
+    for (count, (host, name)) in (1..).zip([(&near, "near"), (&far, "far")]) {
+        let home = net.directory().join(name);
+        std::fs::create_dir_all(&home)?;
+        let services = [("reviews", "8081"), ("pricing", "8082/grpc"), ("echo", "7000/tcp")];
+        for (kind, port) in services {
+            let joining = joining(&control, kind, &home)?;
+            let flags: Vec<&str> = joining.iter().map(String::as_str).chain(PLAIN_USER.iter().copied()).collect();
+            shops.push(shop::instance(host, &home, kind, port, name, &flags)?);
+        }
+        services.iter().try_for_each(|(kind, _)| control.serves(kind, count).map(drop))?;
+    }
+    let joining = joining(&control, "customers", net.directory())?;
+    let own = PLAIN_USER.iter().chain(&["--name", "customers"]);
+    let flags: Vec<&str> = joining.iter().map(String::as_str).chain(own.copied()).collect();
+    let customers = Customers::come(&near, net.directory(), &flags)?;
+    let answer = || {
+        let mut command = near.command(sheer()?);
+        command.args(["exec", "customers", "--", "curl", "-sS", "-i", "--max-time", "5"]);
+        run(command.arg("http://reviews/probe/healthy"))
+    };
+    customers.shop_for(AROUND)?;
+    net.cut(&center, &near)?;
+    control.write("marked.yaml", MARKED)?;
+    customers.shop_for(AROUND)?;
+    let unmarked = answer()?;
+    ensure!(unmarked.contains("200 OK") && !unmarked.contains(MARK), "it was told behind the cut: {unmarked}");
+    net.heal()?;
+    let healed = Instant::now();
+    wait::until("the change is in force", PATIENCE, || {
+        let marked = answer()?;
+        ensure!(marked.contains(MARK), "{marked}");
+        Ok(())
+    })?;
+    eprintln!("told {:?} after packets pass again", healed.elapsed());
+    let report = customers.are_all_served()?;
+    let versions = report["loads"].to_string();
+    ensure!(versions.contains("\"near\"") && versions.contains("\"far\""), "only one host served: {versions}");
+    Ok(())
+}
+
+/// In each answer of the service, as soon as its callers are told.
+const MARK: &str = "x-marked: yes";
+
+const MARKED: &str = "apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: marked}
+spec:
+  parentRefs: [{group: '', kind: Service, name: reviews}]
+  rules:
+  - filters:
+    - {type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: x-marked, value: 'yes'}]}}
+    backendRefs: [{name: reviews, port: 80}]
+";
+
+/// Flags of a workload that joins a control plane on another host as this service account.
+fn joining(control: &Control<'_>, account: &str, home: &Path) -> Result<Vec<String>> {
+    let token = control.token("default", account, 1)?.display().to_string();
+    let state = home.join(format!("{account}-state")).display().to_string();
+    let flags = ["--control", &control.address(), "--join-token-file", &token, "--state", &state];
+    Ok(flags.map(String::from).into())
 }
 
 /// Whether each service was called by each, over mutual TLS by the caller's identity, and by nobody else.
