@@ -38,11 +38,12 @@ pub enum Type {
     Service,
     Routes,
     Endpoints,
+    Address,
 }
 
 impl Type {
-    const ALL: [Type; 6] =
-        [Type::Mesh, Type::TrustBundle, Type::Workload, Type::Service, Type::Routes, Type::Endpoints];
+    const ALL: [Type; 7] =
+        [Type::Mesh, Type::TrustBundle, Type::Workload, Type::Service, Type::Routes, Type::Endpoints, Type::Address];
 
     /// Its type URL.
     pub const fn url(self) -> &'static str {
@@ -53,6 +54,7 @@ impl Type {
             Type::Service => v1::Service::TYPE_URL,
             Type::Routes => v1::Routes::TYPE_URL,
             Type::Endpoints => v1::Endpoints::TYPE_URL,
+            Type::Address => v1::Address::TYPE_URL,
         }
     }
 

@@ -10,7 +10,7 @@ use sheer_core::compile::{
     workload_of,
 };
 use sheer_core::name::{DnsLabel, ServiceName};
-use sheer_core::wire::v1;
+use sheer_core::wire::{ip_of, octets_of, v1};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -65,8 +65,39 @@ struct Inner {
     fleet: Fleet,
     book: Book,
     trust: Option<v1::TrustBundle>,
+    places: Places,
     epoch: u64,
     revision: u64,
+}
+
+/// Which services take connections at an address itself.
+#[derive(Default)]
+struct Places {
+    of: HashMap<ServiceName, BTreeSet<IpAddr>>,
+    at: HashMap<IpAddr, BTreeSet<ServiceName>>,
+}
+
+impl Places {
+    /// Sets where a service does; returns the addresses of which something is different now.
+    fn set(&mut self, service: &ServiceName, now: BTreeSet<IpAddr>) -> Vec<IpAddr> {
+        let before = self.of.remove(service).unwrap_or_default();
+        for address in before.difference(&now) {
+            if let Some(services) = self.at.get_mut(address) {
+                services.remove(service);
+                if services.is_empty() {
+                    self.at.remove(address);
+                }
+            }
+        }
+        for address in now.difference(&before) {
+            self.at.entry(*address).or_default().insert(service.clone());
+        }
+        let different = before.symmetric_difference(&now).copied().collect();
+        if !now.is_empty() {
+            self.of.insert(service.clone(), now);
+        }
+        different
+    }
 }
 
 /// Addresses that were given to a service just now and are to be stored.
@@ -77,7 +108,8 @@ impl State {
     pub fn new(hub: Arc<Hub>, book: Book, epoch: u64, revision: u64) -> Self {
         let compiled = Arc::new(Compiled::default());
         let fleet = Fleet::default();
-        let inner = Inner { compiled: compiled.clone(), fleet, book, trust: None, epoch, revision };
+        let places = Places::default();
+        let inner = Inner { compiled: compiled.clone(), fleet, book, trust: None, places, epoch, revision };
         Self { hub, compiled: RwLock::new(compiled), inner: Mutex::new(inner) }
     }
 
@@ -152,9 +184,10 @@ impl State {
         if let Some(bundle) = &inner.trust {
             next.put(Type::TrustBundle, &bundle.trust_domain, Entry::new(bundle));
         }
+        inner.places = Places::default();
         for name in &names {
             inner.remake_service(&mut next, name);
-            inner.remake_endpoints(&mut next, name);
+            inner.remake_endpoints(&mut next, name, &mut BTreeSet::new());
             inner.remake_routes(&mut next, name);
         }
         for workload in inner.fleet.workloads() {
@@ -170,6 +203,7 @@ impl State {
         let assigned = inner.assign(&changes.services);
         let mut next = (*self.hub.world()).clone();
         let mut changed = BTreeSet::new();
+        let mut addresses = BTreeSet::new();
         let mut note = |kind: Type, name: &ServiceName, differs: bool| {
             if differs {
                 changed.insert((kind, name.to_string()));
@@ -179,11 +213,12 @@ impl State {
             note(Type::Service, name, inner.remake_service(&mut next, name));
         }
         for name in &changes.endpoints {
-            note(Type::Endpoints, name, inner.remake_endpoints(&mut next, name));
+            note(Type::Endpoints, name, inner.remake_endpoints(&mut next, name, &mut addresses));
         }
         for name in &changes.routes {
             note(Type::Routes, name, inner.remake_routes(&mut next, name));
         }
+        changed.extend(addresses.into_iter().map(|address| (Type::Address, address)));
         if let Some(uid) = workload {
             let differs = match inner.fleet.workload(uid) {
                 Some(workload) => next.put(Type::Workload, uid, Entry::new(&workload_of(&inner.compiled, workload))),
@@ -231,8 +266,26 @@ impl Inner {
         }
     }
 
-    fn remake_endpoints(&self, world: &mut World, name: &ServiceName) -> bool {
-        match endpoints_of(&self.compiled, &self.fleet, &self.book, name) {
+    /// `addresses` gets the names of those of which something is different with it.
+    fn remake_endpoints(&mut self, world: &mut World, name: &ServiceName, addresses: &mut BTreeSet<String>) -> bool {
+        let endpoints = endpoints_of(&self.compiled, &self.fleet, &self.book, name);
+        let there = endpoints.iter().flat_map(|it| &it.endpoints).filter(|it| it.at_address);
+        let there = there.filter_map(|it| ip_of(&it.address)).collect();
+        for address in self.places.set(name, there) {
+            let place = address.to_string();
+            let differs = match self.places.at.get(&address) {
+                Some(services) => {
+                    let services = services.iter().map(ServiceName::to_string).collect();
+                    let told = v1::Address { address: octets_of(address), services, requires: vec![] };
+                    world.put(Type::Address, &place, Entry::new(&told))
+                }
+                None => world.remove(Type::Address, &place),
+            };
+            if differs {
+                addresses.insert(place);
+            }
+        }
+        match endpoints {
             Some(endpoints) => world.put(Type::Endpoints, &name.to_string(), Entry::new(&endpoints)),
             None => world.remove(Type::Endpoints, &name.to_string()),
         }
@@ -243,5 +296,25 @@ impl Inner {
             Some(routes) => world.put(Type::Routes, &name.to_string(), Entry::routes(&routes)),
             None => world.remove(Type::Routes, &name.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_of_all_services_that_are_there() {
+        let mut places = Places::default();
+        let [api, web] = ["api", "web"].map(|name| ServiceName::parse(name).unwrap());
+        let [one, two] = [1, 2].map(|last| IpAddr::from([192, 0, 2, last]));
+        assert_eq!(places.set(&api, BTreeSet::from([one, two])), [one, two]);
+        assert_eq!(places.set(&web, BTreeSet::from([two])), [two]);
+        assert_eq!(places.at[&two], BTreeSet::from([api.clone(), web.clone()]));
+        assert!(places.set(&web, BTreeSet::from([two])).is_empty());
+        assert_eq!(places.set(&api, BTreeSet::from([one])), [two]);
+        assert_eq!(places.at[&two], BTreeSet::from([web.clone()]));
+        assert_eq!(places.set(&web, BTreeSet::new()), [two]);
+        assert!(!places.at.contains_key(&two) && !places.of.contains_key(&web));
     }
 }

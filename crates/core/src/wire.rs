@@ -6,6 +6,7 @@
 use bytes::Bytes;
 use prost::Message;
 use sha2::{Digest, Sha256};
+use std::net::IpAddr;
 
 pub use generated::envoy::service::discovery::v3 as discovery;
 pub use generated::google::rpc;
@@ -70,10 +71,25 @@ macro_rules! resource {
 
 resource!(Service, |it| format!("{}/{}", it.namespace, it.name));
 resource!(Endpoints, |it| format!("{}/{}", it.namespace, it.name));
+resource!(Address, |it| ip_of(&it.address).map_or_else(String::new, |address| address.to_string()));
 resource!(Routes, |it| format!("{}/{}", it.namespace, it.name));
 resource!(Workload, |it| it.uid.clone());
 resource!(Mesh, |_it| "mesh".to_owned());
 resource!(TrustBundle, |it| it.trust_domain.clone());
+
+/// An address as it travels: 4 or 16 bytes, network order.
+pub fn octets_of(address: IpAddr) -> Bytes {
+    match address.to_canonical() {
+        IpAddr::V4(address) => Bytes::copy_from_slice(&address.octets()),
+        IpAddr::V6(address) => Bytes::copy_from_slice(&address.octets()),
+    }
+}
+
+/// The address that these bytes are.
+pub fn ip_of(octets: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(octets).map(IpAddr::from);
+    v4.or_else(|_| <[u8; 16]>::try_from(octets).map(IpAddr::from)).ok().map(|it| it.to_canonical())
+}
 
 /// The version of a resource with this encoding: the first 128 bits of its SHA-256, in lower-case hex.
 pub fn version_of(encoded: &[u8]) -> String {

@@ -70,7 +70,7 @@ impl Destination {
 
 /// Serves one connection of the workload.
 pub async fn accept(worker: Rc<Worker>, stream: TcpStream, asked: Asked) {
-    let destination = destination(&worker, &stream, asked);
+    let destination = destination(&worker, &stream, asked).await;
     converse(worker, Io::Plain(stream), BytesMut::new(), destination).await;
 }
 
@@ -89,7 +89,7 @@ pub(crate) async fn converse(worker: Rc<Worker>, mut io: Io, mut prefix: BytesMu
 }
 
 /// The service at a virtual address, the workload at its own, or the world outside.
-fn destination(worker: &Worker, stream: &TcpStream, asked: Asked) -> Destination {
+async fn destination(worker: &Worker, stream: &TcpStream, asked: Asked) -> Destination {
     let snapshot = worker.snapshot();
     let address = match asked {
         Asked::Service(name, port) => return of_service(snapshot.service(&name), port),
@@ -98,10 +98,10 @@ fn destination(worker: &Worker, stream: &TcpStream, asked: Asked) -> Destination
             None => return Destination::Nowhere(Cause::DestinationForbidden),
         },
     };
-    of_address(worker, &snapshot, address)
+    of_address(worker, &snapshot, address).await
 }
 
-fn of_address(worker: &Worker, snapshot: &Snapshot, address: SocketAddr) -> Destination {
+async fn of_address(worker: &Worker, snapshot: &Snapshot, address: SocketAddr) -> Destination {
     if let Some(service) = snapshot.service_at(address.ip()) {
         return of_service(Some(service), address.port());
     }
@@ -112,15 +112,29 @@ fn of_address(worker: &Worker, snapshot: &Snapshot, address: SocketAddr) -> Dest
     if is_own_host && !worker.proxy.plan.host_ports.contains(&address.port()) {
         return Destination::Nowhere(Cause::DestinationForbidden);
     }
-    if worker.proxy.plan.mode != Mode::Watch
-        && let Some((service, live, endpoint)) = worker.proxy.endpoints.at(address)
-    {
-        return Destination::Workload(service, live, endpoint);
+    if worker.proxy.plan.mode != Mode::Watch {
+        let mut found = worker.proxy.endpoints.at(address);
+        if found.is_none() && !is_own_host && is_news(worker, address.ip()).await {
+            found = worker.proxy.endpoints.at(address);
+        }
+        if let Some((service, live, endpoint)) = found {
+            return Destination::Workload(service, live, endpoint);
+        }
     }
     match snapshot.mesh().deny_unknown_egress {
         true => Destination::Nowhere(Cause::UnknownDestination),
         false => Destination::External(address),
     }
+}
+
+/// Whether it has just become known who of the mesh is at an address. While there is no control plane nobody can tell,
+/// and the world outside must not wait for it.
+async fn is_news(worker: &Worker, address: IpAddr) -> bool {
+    let proxy = &worker.proxy;
+    if proxy.endpoints.knows_address(address) || !proxy.metrics.control_connected() {
+        return false;
+    }
+    Box::pin(proxy.demand.who_is_at(address)).await.is_ok()
 }
 
 /// Where a host and port lead that a caller named: to a service, or outside where that is allowed, but never to this
@@ -139,7 +153,7 @@ pub(crate) async fn named(worker: &Worker, host: &str, port: u16) -> Destination
     };
     match found {
         Some(address) if is_link_local(address.ip()) => Destination::Nowhere(Cause::DestinationForbidden),
-        Some(address) => of_address(worker, &snapshot, SocketAddr::new(address.ip().to_canonical(), port)),
+        Some(address) => of_address(worker, &snapshot, SocketAddr::new(address.ip().to_canonical(), port)).await,
         None => Destination::Nowhere(Cause::UnknownDestination),
     }
 }

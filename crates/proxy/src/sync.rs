@@ -20,12 +20,12 @@ use crate::control::{Address, DialError, dial};
 use crate::identity::Held;
 use crate::metrics::Metrics;
 use crate::state::{CONFIGURATION, Configuration, Directory};
-use demand::Want;
+use demand::{Want, Wanted};
 use discovery::Discovery;
 use fleet::Fleet;
 use prost::Message;
 use rand::Rng;
-use sheer_core::name::{DnsLabel, ServiceName};
+use sheer_core::name::DnsLabel;
 use sheer_core::wire::v1;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -300,27 +300,27 @@ fn pause(failures: u32, established: bool) -> Duration {
     }
 }
 
-/// Who waits for the first use of a service.
+/// Who waits for the first use of a service or an address.
 #[derive(Default)]
-struct Waiters(HashMap<ServiceName, Vec<oneshot::Sender<()>>>);
+struct Waiters(HashMap<Wanted, Vec<oneshot::Sender<()>>>);
 
 impl Waiters {
     fn add(&mut self, view: &mut View, want: Want) {
-        let Want { service, told } = want;
-        view.want(service.clone());
+        let Want { what, told } = want;
+        view.want(what.clone());
         let Some(told) = told else { return };
-        if view.is_answered(&service) {
+        if view.is_answered(&what) {
             let _ = told.send(());
             return;
         }
-        let waiting = self.0.entry(service).or_default();
+        let waiting = self.0.entry(what).or_default();
         // Those whose request has ended meanwhile.
         waiting.retain(|it| !it.is_closed());
         waiting.push(told);
     }
 
     fn tell(&mut self, view: &View) {
-        let answered = self.0.extract_if(|service, _| view.is_answered(service));
+        let answered = self.0.extract_if(|what, _| view.is_answered(what));
         for told in answered.flat_map(|(_, waiting)| waiting) {
             let _ = told.send(());
         }

@@ -5,6 +5,7 @@ use super::fleet::{self, Fleet, Registered, RegisteredPort};
 use crate::identity::SpiffeId;
 use crate::name::{DnsLabel, ServiceName};
 use crate::resource::{BackendRef, Egress, HttpRoute, ParentRef, Rule, Service, ServicePort, Target, Workload};
+use crate::wire::octets_of;
 use crate::wire::v1::{self, Health, Hop, Mode, Protocol};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -101,7 +102,7 @@ pub fn service_of(
         namespace: name.namespace.to_string(),
         name: name.name.to_string(),
         hosts: std::iter::once(full).chain(extra.iter().map(|host| host.value.clone())).collect(),
-        virtual_ips: records.virtual_ips(name).into_iter().map(octets).collect(),
+        virtual_ips: records.virtual_ips(name).into_iter().map(octets_of).collect(),
         ports,
         implied: written.is_none(),
         requires: Vec::new(),
@@ -365,7 +366,7 @@ fn registered_endpoints(written: Option<&Service>, workload: &Registered, endpoi
         endpoints.push(v1::Endpoint {
             workload: workload.uid.clone(),
             service_port: u32::from(service_port),
-            address: octets(workload.address),
+            address: octets_of(workload.address),
             port: u32::from(port.mesh_port),
             workload_port: u32::from(port.port),
             hop: port.hop.into(),
@@ -387,7 +388,7 @@ fn static_endpoints(written: Option<&Service>, workload: &Workload, endpoints: &
             endpoints.push(v1::Endpoint {
                 workload: static_uid(workload, *address),
                 service_port: u32::from(service_port),
-                address: octets(*address),
+                address: octets_of(*address),
                 port: u32::from(port.port),
                 workload_port: u32::from(port.port),
                 hop: Hop::None.into(),
@@ -407,13 +408,6 @@ fn static_uid(workload: &Workload, address: IpAddr) -> String {
     match workload.addresses.len() {
         1 => format!("local/static/{name}"),
         _ => format!("local/static/{name}@{address}"),
-    }
-}
-
-fn octets(address: IpAddr) -> bytes::Bytes {
-    match address {
-        IpAddr::V4(address) => bytes::Bytes::copy_from_slice(&address.octets()),
-        IpAddr::V6(address) => bytes::Bytes::copy_from_slice(&address.octets()),
     }
 }
 

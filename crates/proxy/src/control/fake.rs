@@ -203,6 +203,10 @@ impl AggregatedDiscoveryService for Fake {
                         kind.fresh.extend(request.resource_names_subscribe.iter().cloned());
                         kind.names.extend(request.resource_names_subscribe);
                         kind.must_answer |= first;
+                        for name in request.resource_names_unsubscribe {
+                            kind.names.retain(|it| *it != name);
+                            kind.versions.remove(&name);
+                        }
                     }
                     _ = changed.changed() => {}
                 }

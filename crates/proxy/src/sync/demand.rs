@@ -2,6 +2,7 @@
 
 use sheer_core::cause::Cause;
 use sheer_core::name::ServiceName;
+use std::net::IpAddr;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
@@ -19,11 +20,20 @@ pub struct Demand {
     unreachable: mpsc::Sender<String>,
 }
 
-/// A service whose endpoints and routes are wanted, and whom to tell when they are there.
+/// What is wanted, and whom to tell when it is there.
 #[derive(Debug)]
 pub(super) struct Want {
-    pub(super) service: ServiceName,
+    pub(super) what: Wanted,
     pub(super) told: Option<oneshot::Sender<()>>,
+}
+
+/// What can be wanted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Wanted {
+    /// The endpoints and routes of a service.
+    Service(ServiceName),
+    /// Those of the services that take connections at this address.
+    Address(IpAddr),
 }
 
 /// The other end of [`Demand`].
@@ -47,9 +57,22 @@ impl Demand {
     /// # Errors
     /// [`Cause::ControlPlaneAway`] after a second.
     pub async fn first_use(&self, service: &ServiceName) -> Result<(), Cause> {
+        self.ask(Wanted::Service(service.clone())).await
+    }
+
+    /// Waits until it is known which services take connections at this address, and their endpoints are in force; from
+    /// then on they are kept up to date. Cancel safe.
+    ///
+    /// # Errors
+    /// [`Cause::ControlPlaneAway`] after a second.
+    pub async fn who_is_at(&self, address: IpAddr) -> Result<(), Cause> {
+        self.ask(Wanted::Address(address)).await
+    }
+
+    async fn ask(&self, what: Wanted) -> Result<(), Cause> {
         let (told, answer) = oneshot::channel();
         let ask = async {
-            let want = Want { service: service.clone(), told: Some(told) };
+            let want = Want { what, told: Some(told) };
             self.wants.send(want).await.map_err(|_| Cause::ControlPlaneAway)?;
             answer.await.map_err(|_| Cause::ControlPlaneAway)
         };
@@ -59,7 +82,7 @@ impl Demand {
     /// Asks for a service without waiting.
     pub fn want(&self, service: &ServiceName) {
         // When the queue is full, the next use asks again.
-        let _ = self.wants.try_send(Want { service: service.clone(), told: None });
+        let _ = self.wants.try_send(Want { what: Wanted::Service(service.clone()), told: None });
     }
 
     /// Reports that a peer's workload cannot be connected to. Never blocks; with a full queue the next failure reports.

@@ -10,6 +10,7 @@ use sheer_core::name::ServiceName;
 use sheer_core::wire::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use sheer_core::wire::{FEATURES, rpc, v1};
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -30,12 +31,13 @@ impl Discovery<'_> {
     /// Follows the control plane until the stream ends.
     pub(super) async fn follow(self, channel: Channel, uid: &str) -> Lost {
         let (requests, outgoing) = mpsc::channel(QUEUE);
-        let mut stream = Requests { requests, asked: BTreeSet::new() };
+        let mut stream = Requests { requests, asked: BTreeSet::new(), addresses: BTreeSet::new(), begun: false };
         for kind in [Kind::Mesh, Kind::TrustBundle, Kind::Service] {
             stream.begin(kind, vec!["*".to_owned()], self.view, uid).await;
         }
         stream.begin(Kind::Workload, vec![uid.to_owned()], self.view, uid).await;
         stream.subscribe(self.view, uid).await;
+        stream.subscribe_addresses(self.view, uid).await;
         let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
         let mut responses = match client.delta_aggregated_resources(ReceiverStream::new(outgoing)).await {
             Ok(responses) => responses.into_inner(),
@@ -60,6 +62,7 @@ impl Discovery<'_> {
                 () = self.saver.due() => self.saver.save(self.view),
             }
             stream.subscribe(self.view, uid).await;
+            stream.subscribe_addresses(self.view, uid).await;
         }
     }
 }
@@ -68,6 +71,9 @@ impl Discovery<'_> {
 struct Requests {
     requests: mpsc::Sender<DeltaDiscoveryRequest>,
     asked: BTreeSet<ServiceName>,
+    addresses: BTreeSet<IpAddr>,
+    /// Whether any address was asked for on this stream.
+    begun: bool,
 }
 
 impl Requests {
@@ -114,6 +120,29 @@ impl Requests {
             }
         }
         self.asked.extend(new);
+    }
+
+    /// Subscribes to the addresses that are wanted by now, and to no others any more.
+    async fn subscribe_addresses(&mut self, view: &View, uid: &str) {
+        if !view.wants_addresses_other_than(&self.addresses) {
+            return;
+        }
+        let wanted: BTreeSet<IpAddr> = view.addresses().collect();
+        let names = |addresses: &mut dyn Iterator<Item = &IpAddr>| addresses.map(IpAddr::to_string).collect();
+        let new: Vec<String> = names(&mut wanted.difference(&self.addresses));
+        if self.begun {
+            self.send(DeltaDiscoveryRequest {
+                type_url: Kind::Address.type_url().to_owned(),
+                resource_names_subscribe: new,
+                resource_names_unsubscribe: names(&mut self.addresses.difference(&wanted)),
+                ..Default::default()
+            })
+            .await;
+        } else {
+            self.begin(Kind::Address, new, view, uid).await;
+        }
+        self.begun = true;
+        self.addresses = wanted;
     }
 
     /// Applies a response and acknowledges it, with what was refused.

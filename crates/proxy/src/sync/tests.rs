@@ -3,6 +3,7 @@ use crate::control::fake::{Fake, Running};
 use crate::dns::zone::Lookup;
 use crate::identity::{Keeper, Wanted};
 use sheer_core::cause::Cause;
+use sheer_core::name::ServiceName;
 use sheer_core::wire::v1::proxy_report::Body;
 use sheer_core::wire::{Resource as _, pack};
 use std::path::PathBuf;
@@ -212,6 +213,43 @@ async fn what_is_used_first_is_fetched_then_kept_up_to_date() {
     scene.fake.remove(v1::Service::TYPE_URL, "default/api");
     until(|| proxy.outputs.snapshot.load().service_named("api").is_none()).await;
     assert_eq!(proxy.outputs.zone.load().lookup("api.default.svc.mesh.internal"), Lookup::Missing);
+}
+
+#[tokio::test]
+async fn who_is_at_an_address_is_asked_once() {
+    let scene = Scene::new();
+    let _running = scene.serve();
+    let mut proxy = scene.proxy();
+    proxy.is_ready().await;
+    let told = |last: u8, services: &[&str]| v1::Address {
+        address: vec![10, 0, 0, last].into(),
+        services: services.iter().map(|it| format!("default/{it}")).collect(),
+        requires: vec![],
+    };
+    let at = |last: u8| std::net::IpAddr::from([10, 0, 0, last]);
+    scene.fake.put(pack(&endpoints("api", 4000)));
+    scene.fake.put(pack(&told(7, &["api"])));
+    proxy.demand.who_is_at(at(7)).await.unwrap();
+    assert!(proxy.outputs.endpoints.knows_address(at(7)));
+    assert_eq!(proxy.port_of("api"), Some(4000), "the endpoints are there as soon as the address is known");
+    // Nobody of the mesh: known as well, until somebody comes.
+    proxy.demand.who_is_at(at(8)).await.unwrap();
+    assert!(proxy.outputs.endpoints.knows_address(at(8)) && proxy.port_of("late").is_none());
+    scene.fake.put(pack(&endpoints("late", 4001)));
+    scene.fake.put(pack(&told(8, &["late"])));
+    until(|| proxy.port_of("late") == Some(4001)).await;
+    // Whoever calls half the world does not keep it.
+    for last in 0..view::MAX_ADDRESSES {
+        let other = std::net::IpAddr::from([10, 1, (last / 256) as u8, (last % 256) as u8]);
+        proxy.demand.who_is_at(other).await.unwrap();
+    }
+    assert!(!proxy.outputs.endpoints.knows_address(at(7)));
+    until(|| {
+        let script = scene.fake.script.lock();
+        script.requests.iter().any(|it| it.resource_names_unsubscribe.contains(&at(7).to_string()))
+    })
+    .await;
+    proxy.demand.who_is_at(at(7)).await.unwrap();
 }
 
 #[tokio::test]

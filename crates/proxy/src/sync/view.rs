@@ -2,6 +2,7 @@
 //!
 //! A resource that cannot be taken is refused alone: the one before it stays in force, and what came with it is applied.
 
+use super::demand::Wanted;
 use crate::dns::Zone;
 use crate::metrics::Metrics;
 use crate::state::{Absent, Configuration};
@@ -12,7 +13,8 @@ use sheer_core::name::{DnsLabel, ServiceName};
 use sheer_core::snapshot::{EndpointSet, Snapshot};
 use sheer_core::wire::discovery::{DeltaDiscoveryResponse, Resource};
 use sheer_core::wire::{Resource as _, v1, version_of};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -25,12 +27,16 @@ pub(super) enum Kind {
     Service,
     Endpoints,
     Routes,
+    Address,
 }
+
+/// Addresses outside the virtual ranges that are asked after; beyond, the one that was asked after first is forgotten.
+pub(super) const MAX_ADDRESSES: usize = 1024;
 
 impl Kind {
     /// In the order in which they are applied from disk: the mesh before what is read with it.
-    pub(super) const ALL: [Kind; 6] =
-        [Kind::Mesh, Kind::TrustBundle, Kind::Workload, Kind::Service, Kind::Endpoints, Kind::Routes];
+    pub(super) const ALL: [Kind; 7] =
+        [Kind::Mesh, Kind::TrustBundle, Kind::Workload, Kind::Service, Kind::Endpoints, Kind::Routes, Kind::Address];
 
     pub(super) const fn type_url(self) -> &'static str {
         match self {
@@ -40,6 +46,7 @@ impl Kind {
             Kind::Service => v1::Service::TYPE_URL,
             Kind::Endpoints => v1::Endpoints::TYPE_URL,
             Kind::Routes => v1::Routes::TYPE_URL,
+            Kind::Address => v1::Address::TYPE_URL,
         }
     }
 
@@ -47,9 +54,9 @@ impl Kind {
         Self::ALL.into_iter().find(|kind| kind.type_url() == type_url)
     }
 
-    /// Whether it is asked for by name when a service is first used.
+    /// Whether it is asked for by name when a service or an address is first used.
     pub(super) const fn is_on_demand(self) -> bool {
-        matches!(self, Kind::Endpoints | Kind::Routes)
+        matches!(self, Kind::Endpoints | Kind::Routes | Kind::Address)
     }
 }
 
@@ -79,6 +86,10 @@ pub(super) struct View {
     absent: BTreeSet<(Kind, String)>,
     /// Services whose endpoints and routes are wanted.
     wanted: BTreeSet<ServiceName>,
+    /// Addresses that are wanted, and the services at those that were answered.
+    addresses: BTreeMap<IpAddr, Option<Vec<ServiceName>>>,
+    /// The same, in the order in which they came.
+    order: VecDeque<IpAddr>,
     indexed: bool,
 }
 
@@ -89,6 +100,8 @@ impl View {
             resources: BTreeMap::new(),
             absent: BTreeSet::new(),
             wanted: BTreeSet::new(),
+            addresses: BTreeMap::new(),
+            order: VecDeque::new(),
             indexed: false,
             outputs,
         }
@@ -121,11 +134,13 @@ impl View {
         self.publish(true);
     }
 
-    /// What is to be stored.
+    /// What is to be stored. Addresses are not: those of the services that were found there are in their endpoints.
     pub(super) fn configuration(&self) -> Configuration {
-        let absent = self.absent.iter();
+        let is_stored = |kind: Kind| kind != Kind::Address;
+        let absent = self.absent.iter().filter(|(kind, _)| is_stored(*kind));
         let absent = absent.map(|(kind, name)| Absent { type_url: kind.type_url().into(), name: name.clone() });
-        Configuration { resources: self.resources.values().cloned().collect(), absent: absent.collect() }
+        let resources = self.resources.iter().filter(|((kind, _), _)| is_stored(*kind));
+        Configuration { resources: resources.map(|(_, it)| it.clone()).collect(), absent: absent.collect() }
     }
 
     /// Whether the proxy may serve: mesh, own workload and the index of services are there.
@@ -137,9 +152,41 @@ impl View {
         self.resources.keys().any(|(it, _)| *it == kind)
     }
 
-    /// Wants a service from now on.
-    pub(super) fn want(&mut self, service: ServiceName) {
-        self.wanted.insert(service);
+    /// Wants something from now on.
+    pub(super) fn want(&mut self, what: Wanted) {
+        match what {
+            Wanted::Service(service) => {
+                self.wanted.insert(service);
+            }
+            Wanted::Address(address) => self.want_address(address),
+        }
+    }
+
+    fn want_address(&mut self, address: IpAddr) {
+        if self.addresses.contains_key(&address) {
+            return;
+        }
+        if self.order.len() >= MAX_ADDRESSES
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.addresses.remove(&oldest);
+            let key = (Kind::Address, oldest.to_string());
+            self.resources.remove(&key);
+            self.absent.remove(&key);
+            self.outputs.endpoints.forget_address(oldest);
+        }
+        self.order.push_back(address);
+        self.addresses.insert(address, None);
+    }
+
+    /// The addresses that are wanted.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.keys().copied()
+    }
+
+    /// Whether they are others than these.
+    pub(super) fn wants_addresses_other_than(&self, asked: &BTreeSet<IpAddr>) -> bool {
+        self.addresses.len() != asked.len() || !self.addresses.keys().eq(asked)
     }
 
     /// The services that are wanted.
@@ -147,8 +194,23 @@ impl View {
         &self.wanted
     }
 
+    /// Whether what is wanted is there, or known not to exist. Workers then know the address.
+    pub(super) fn is_answered(&self, what: &Wanted) -> bool {
+        match what {
+            Wanted::Service(service) => self.is_service_answered(service),
+            Wanted::Address(address) => {
+                let Some(Some(services)) = self.addresses.get(address) else { return false };
+                let is_answered = services.iter().all(|service| self.is_service_answered(service));
+                if is_answered {
+                    self.outputs.endpoints.know_address(*address);
+                }
+                is_answered
+            }
+        }
+    }
+
     /// Whether the endpoints and routes of a service are there, or known not to exist.
-    pub(super) fn is_answered(&self, service: &ServiceName) -> bool {
+    fn is_service_answered(&self, service: &ServiceName) -> bool {
         let name = service.to_string();
         [Kind::Endpoints, Kind::Routes].into_iter().all(|kind| {
             let key = (kind, name.clone());
@@ -240,6 +302,15 @@ impl View {
                 self.wanted.extend(rules.backends().filter(|it| it.valid).map(|it| it.service.clone()));
                 self.snapshot.set_routes(service_of(&resource.name)?, Some(rules));
             }
+            Kind::Address => {
+                let told: v1::Address = decode(resource)?;
+                assemble::requirements(&told)?;
+                let services: Vec<_> = told.services.iter().map(|name| service_of(name)).collect::<Result<_, _>>()?;
+                if let Some(known) = resource.name.parse().ok().and_then(|it| self.addresses.get_mut(&it)) {
+                    self.wanted.extend(services.iter().cloned());
+                    *known = Some(services);
+                }
+            }
         }
         Ok(())
     }
@@ -258,6 +329,11 @@ impl View {
             (Kind::Endpoints, Ok(service)) => self.outputs.endpoints.set(&service, Arc::new(EndpointSet::default())),
             (Kind::Routes, Ok(service)) => self.snapshot.set_routes(service, None),
             (Kind::Service | Kind::Endpoints | Kind::Routes, Err(_)) => {}
+            (Kind::Address, _) => {
+                if let Some(known) = name.parse().ok().and_then(|it| self.addresses.get_mut(&it)) {
+                    *known = Some(Vec::new());
+                }
+            }
         }
     }
 

@@ -9,8 +9,8 @@ use sheer_core::balance::{self, Candidate, aged, peak_ewma};
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::ServiceName;
 use sheer_core::snapshot::{Endpoint, EndpointSet, Health, Hop};
-use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -22,6 +22,8 @@ const SHUNNED: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub struct Table {
     cells: RwLock<HashMap<ServiceName, Arc<Cell>>>,
+    /// Addresses of which it is known who of the mesh is there, with the endpoints of those in force.
+    addresses: RwLock<HashSet<IpAddr>>,
     epoch: Instant,
 }
 
@@ -64,7 +66,7 @@ type Key = (Arc<str>, SocketAddr, u16, Hop, Arc<str>);
 
 impl Default for Table {
     fn default() -> Self {
-        Self { cells: RwLock::default(), epoch: Instant::now() }
+        Self { cells: RwLock::default(), addresses: RwLock::default(), epoch: Instant::now() }
     }
 }
 
@@ -126,6 +128,21 @@ impl Table {
             }
         }
         at_the_door.filter(|_| is_one)
+    }
+
+    /// Whether it is known who of the mesh is at this address.
+    pub fn knows_address(&self, address: IpAddr) -> bool {
+        self.addresses.read().contains(&address)
+    }
+
+    /// From now on it is known.
+    pub fn know_address(&self, address: IpAddr) {
+        self.addresses.write().insert(address);
+    }
+
+    /// It is not known any more.
+    pub fn forget_address(&self, address: IpAddr) {
+        self.addresses.write().remove(&address);
     }
 
     /// The cell of a service's endpoints; `None` when nobody has asked for them yet.
