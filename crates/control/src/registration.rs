@@ -150,9 +150,9 @@ pub fn grant(control: &Control, peer: &Peer, registration: &v1::Registration) ->
     }
     let service = claimed_service(registration, &identity, enrollment)?;
     let labels = claimed_labels(registration, enrollment)?;
-    let ports = claimed_ports(registration, enrollment)?;
     let announced = written.map(|written| written.addresses.as_slice()).unwrap_or_default();
     let address = claimed_address(control, peer, registration, &attested, enrollment, announced)?;
+    let ports = claimed_ports(registration, enrollment, address)?;
     for (what, text) in [("network", &registration.network), ("locality", &registration.locality)] {
         if text.len() > MAX_TEXT || text.chars().any(char::is_control) {
             return Err(Refusal::new(
@@ -259,7 +259,13 @@ fn claimed_labels(
     Ok(labels)
 }
 
-fn claimed_ports(registration: &v1::Registration, enrollment: Option<&Enrollment>) -> Result<Vec<StoredPort>, Refusal> {
+/// The ports, and where peers dial each: rules that redirect an application's own port leave loopback alone, so that a
+/// workload which is only reached there is dialled at its proxy's own port.
+fn claimed_ports(
+    registration: &v1::Registration,
+    enrollment: Option<&Enrollment>,
+    address: IpAddr,
+) -> Result<Vec<StoredPort>, Refusal> {
     if registration.ports.len() > MAX_PORTS {
         return Err(Refusal::new(format!("more than {MAX_PORTS} ports"), "declare fewer"));
     }
@@ -282,6 +288,8 @@ fn claimed_ports(registration: &v1::Registration, enrollment: Option<&Enrollment
                 format!("add it to ports in {}", enrollment.meta.place),
             ));
         }
+        let held = number(claimed.loopback_port).filter(|_| address.is_loopback() && claimed.hop() != Hop::None);
+        let mesh_port = held.unwrap_or(mesh_port);
         ports.push(StoredPort {
             port,
             name: claimed.name.chars().take(63).collect(),

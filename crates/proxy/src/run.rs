@@ -453,8 +453,8 @@ impl OwnHalf {
 }
 
 /// What the control plane is told of the workload. Where traffic to the application's ports is captured, peers dial those;
-/// elsewhere the port that the proxy holds for them: one for all, and in plaintext, which cannot say which is meant, that
-/// port's own.
+/// elsewhere, and at a loopback address, which is never captured, the port that the proxy holds for them: one for all, and
+/// in plaintext, which cannot say which is meant, that port's own.
 fn registration(plan: &Plan, service: &str, door: impl Fn(&Role) -> Option<u16>, epoch: u64) -> v1::Registration {
     let dialled = |port: u16| match (plan.capture, plan.mode) {
         (Capture::Cgroup | Capture::Here, _) => port,
@@ -469,6 +469,7 @@ fn registration(plan: &Plan, service: &str, door: impl Fn(&Role) -> Option<u16>,
         ready: false,
         hop: if plan.mode == Mode::Watch { v1::Hop::None } else { v1::Hop::Sheer1 }.into(),
         at_address: plan.capture != Capture::Netns,
+        loopback_port: door(&Role::Inbound).unwrap_or_default().into(),
     };
     let labels = plan.labels.iter();
     v1::Registration {

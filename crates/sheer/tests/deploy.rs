@@ -1,7 +1,12 @@
-//! The command lines under `deploy/` are understood by the binary that they start.
+//! What lies in `deploy/` is understood by the binary that it starts, and what it is for works on one host.
 
+use anyhow::{Result, ensure};
+use sheer_testmesh::net::Net;
+use sheer_testmesh::program::{Program, run};
+use sheer_testmesh::wait;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy")
@@ -77,4 +82,63 @@ fn containers_start_what_exists() {
     for command in commands {
         understood(&serde_json::from_str::<Vec<String>>(command).expect("a list of words"));
     }
+}
+
+/// A host of its own where `sheer up` runs: everybody's address is loopback, which no rule takes connections to.
+#[test]
+fn neighbours_of_an_adopted_service_call_it_encrypted() -> Result<()> {
+    const PATIENCE: Duration = Duration::from_secs(30);
+    let net = Net::new()?;
+    let host = net.host("alone")?;
+    let sheer = |arguments: &str| {
+        let mut command = host.command(env!("CARGO_BIN_EXE_sheer"));
+        command.args(arguments.split(' '));
+        command
+    };
+    let mut running = Vec::new();
+    let mut start = |name: &str, ready: &str, command: &mut Command| -> Result<()> {
+        let mut program = Program::start(name, net.directory(), command)?;
+        if !ready.is_empty() {
+            program.prints(ready, PATIENCE)?;
+        }
+        running.push(program);
+        Ok(())
+    };
+    let mut application = host.command("setpriv");
+    application.args([
+        "--reuid=daemon",
+        "--regid=daemon",
+        "--clear-groups",
+        "/usr/bin/python3",
+        "-m",
+        "http.server",
+        "8080",
+    ]);
+    application.current_dir("/usr/share/doc");
+    start("application", "", &mut application)?;
+    start("up", "Sheer is up.", &mut sheer("up"))?;
+    start(
+        "beside",
+        "is ready",
+        &mut sheer("proxy legacy --port 8080/http --user daemon --capture cgroup --mode strict"),
+    )?;
+    start("web", "is ready", &mut sheer("run web -- sleep infinity"))?;
+
+    wait::until("legacy answers its neighbour", PATIENCE, || {
+        let said = run(&mut sheer("exec web-1 -- curl -sS http://legacy/"))?;
+        ensure!(said.contains("Directory listing"), "{said}");
+        Ok(())
+    })?;
+    wait::until("the edge is encrypted", PATIENCE, || {
+        let edges: serde_json::Value = serde_json::from_str(&run(&mut sheer("edges -o json"))?)?;
+        let met = |edge: &serde_json::Value| {
+            edge["destination"] == "default/legacy" && edge["mtls"] == true && edge["total"]["failures"] == 0
+        };
+        ensure!(edges["rows"].as_array().is_some_and(|rows| rows.iter().any(met)), "{edges}");
+        Ok(())
+    })?;
+    // Processes bear names by which people find them.
+    let names = run(host.command("ps").args(["-e", "-o", "comm="]))?;
+    ensure!(names.lines().any(|it| it == "sheer-proxy") && names.lines().any(|it| it == "sheer-keeper"), "{names}");
+    Ok(())
 }

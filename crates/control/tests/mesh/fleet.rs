@@ -32,6 +32,32 @@ async fn a_registered_workload_is_an_endpoint_until_its_stream_closes() {
     watcher.until("gone", |it| it.endpoints(API).is_empty()).await;
 }
 
+/// Rules that redirect what arrives at an application's own port leave loopback alone.
+#[tokio::test]
+async fn a_captured_workload_at_loopback_is_dialled_at_its_proxys_port() {
+    let mesh = Fixture::start().await;
+    let mut watcher = mesh.watcher(API).await;
+    let name = Name::new("api", "api-1");
+    let (channel, attached) = mesh.workload(&name, API).await;
+    drop(attached);
+    let mut adopted = client::registration(&name, API);
+    (adopted.ports[0].mesh_port, adopted.ports[0].loopback_port) = (8080, 40002);
+    let _attached = client::attach(&channel, adopted.clone()).await.unwrap();
+    let dialled = |it: &Discovery, port: u32| {
+        let endpoints = it.endpoints(API);
+        !endpoints.is_empty() && endpoints.iter().all(|it| it.port == port && it.workload_port == 8080)
+    };
+    watcher.until("the proxy's port", |it| dialled(it, 40002)).await;
+    // Elsewhere the rules hold, and no port has to be opened for the mesh.
+    adopted.address = "192.0.2.7".to_owned();
+    let _moved = client::attach(&channel, adopted.clone()).await.unwrap();
+    watcher.until("its own port", |it| dialled(it, 8080)).await;
+    // Who watches is called in plaintext, wherever it is.
+    (adopted.address, adopted.ports[0].hop) = (String::new(), v1::Hop::None.into());
+    let _watching = client::attach(&channel, adopted).await.unwrap();
+    watcher.until("plaintext", |it| dialled(it, 8080) && it.endpoints(API)[0].address.as_ref() == [127, 0, 0, 1]).await;
+}
+
 #[tokio::test]
 async fn a_closed_stream_is_suspect_at_once_and_may_return() {
     let mesh = Fixture::start().await;
