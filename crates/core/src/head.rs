@@ -1,10 +1,12 @@
 //! Heads of requests and responses: the one canonical form on which everything is decided and which is sent on.
 //!
-//! A head keeps the bytes it came in. Its fields are ranges over those bytes; changes are ranges over a second buffer,
-//! so that forwarding copies nothing that did not change. Names compare without regard to case and keep their spelling.
+//! A head keeps the form it came in, so that forwarding copies nothing that did not change: over HTTP/1 the bytes, with
+//! fields as ranges over them and changes as ranges over a second buffer; over HTTP/2 the map that its codec decoded and
+//! will encode again. Names compare without regard to case and keep their spelling.
 
 use bytes::{Bytes, BytesMut};
-use http::{Method, StatusCode};
+use http::header::{HeaderName, HeaderValue};
+use http::{HeaderMap, Method, StatusCode, Uri};
 use smallvec::SmallVec;
 use std::ops::Range;
 
@@ -37,6 +39,12 @@ macro_rules! known_names {
                 }
                 $(if name.len() == $text.len() && name.eq_ignore_ascii_case($text.as_bytes()) { return Known::$variant; })*
                 Known::Other
+            }
+
+            /// The name as the key of a map, made once.
+            fn key(self) -> Option<&'static HeaderName> {
+                static KEYS: [HeaderName; [$($text),*].len()] = [$(HeaderName::from_static($text)),*];
+                KEYS.get(self as usize)
             }
         }
     };
@@ -94,6 +102,10 @@ impl KnownSet {
     pub const fn contains(self, name: Known) -> bool {
         self.0 & (1 << name as u32) != 0
     }
+
+    const fn without(self, name: Known) -> Self {
+        Self(self.0 & !(1 << name as u32))
+    }
 }
 
 /// The head has more than [`MAX_FIELDS`] fields, or a name or value of more than 65,535 bytes.
@@ -101,7 +113,7 @@ impl KnownSet {
 #[error("more than {MAX_FIELDS} header fields, or one of more than 65,535 bytes")]
 pub struct TooManyFields;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Span {
     start: u32,
     len: u32,
@@ -142,18 +154,78 @@ impl Field {
     }
 }
 
-/// The fields of a head, in order, repeated names kept apart.
+/// The fields of a head, in order, repeated names kept apart. Small, because heads are moved about.
+#[derive(Clone, Debug)]
+pub struct Fields(Form);
+
+#[derive(Clone, Debug)]
+enum Form {
+    Lines(Box<Lines>),
+    Decoded(Box<Decoded>),
+}
+
+/// Received over HTTP/1, or made here.
 #[derive(Clone, Debug, Default)]
-pub struct Fields {
+struct Lines {
     raw: Bytes,
     edits: Vec<u8>,
     list: SmallVec<[Field; 16]>,
+    /// What a request is for.
+    authority: Span,
+    target: Span,
+}
+
+/// Received over HTTP/2.
+#[derive(Clone, Debug, Default)]
+struct Decoded {
+    headers: HeaderMap,
+    /// What a request is for.
+    uri: Uri,
+    /// The known names that the map has.
+    known: KnownSet,
+}
+
+impl Default for Fields {
+    fn default() -> Self {
+        Self(Form::Lines(Box::default()))
+    }
 }
 
 impl Fields {
     /// Empty fields over the received bytes that [`Fields::push_received`] will point into.
     pub fn over(raw: Bytes) -> Self {
-        Self { raw, edits: Vec::new(), list: SmallVec::new() }
+        Self(Form::Lines(Box::new(Lines { raw, ..Lines::default() })))
+    }
+
+    /// The fields that an HTTP/2 codec has decoded. Each is shown once, with its known name, and may be refused.
+    ///
+    /// # Errors
+    /// [`TooManyFields`], or why a field was refused.
+    pub fn decoded<E: From<TooManyFields>>(
+        mut headers: HeaderMap,
+        mut admit: impl FnMut(Known, &str, &mut HeaderValue) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        if headers.len() > MAX_FIELDS {
+            return Err(TooManyFields.into());
+        }
+        let mut all = KnownSet::default();
+        for (name, value) in &mut headers {
+            let known = Known::of(name.as_str().as_bytes());
+            all = all.with(known);
+            admit(known, name.as_str(), value)?;
+        }
+        Ok(Self(Form::Decoded(Box::new(Decoded { headers, uri: Uri::default(), known: all }))))
+    }
+
+    /// Takes the map out for an HTTP/2 codec, when the fields are still in that form. What is left is empty.
+    pub fn take_decoded(&mut self) -> Option<HeaderMap> {
+        match &mut self.0 {
+            Form::Lines(_) => None,
+            Form::Decoded(decoded) => {
+                decoded.known = KnownSet::default();
+                Some(std::mem::take(&mut decoded.headers))
+            }
+        }
     }
 
     /// Adds a field that lies at these ranges of the received bytes.
@@ -161,8 +233,9 @@ impl Fields {
     /// # Errors
     /// [`TooManyFields`].
     pub fn push_received(&mut self, name: Range<usize>, value: Range<usize>) -> Result<(), TooManyFields> {
-        let known = Known::of(&self.raw[name.clone()]);
-        self.push(Field::new(known, received(name), received(value))?)
+        let lines = self.lines_mut();
+        let known = Known::of(&lines.raw[name.clone()]);
+        lines.push(Field::new(known, received(name), received(value))?)
     }
 
     /// Like [`Fields::push_received`], for a codec that has looked the name up already and freezes the received bytes
@@ -171,13 +244,13 @@ impl Fields {
     /// # Errors
     /// [`TooManyFields`].
     pub fn push_parsed(&mut self, known: Known, name: Range<usize>, value: Range<usize>) -> Result<(), TooManyFields> {
-        self.push(Field::new(known, received(name), received(value))?)
+        self.lines_mut().push(Field::new(known, received(name), received(value))?)
     }
 
     /// Names the received bytes into which the parsed ranges point. They must be those that were parsed: a range
     /// outside of them reads as empty.
     pub fn lay_over(&mut self, raw: Bytes) {
-        self.raw = raw;
+        self.lines_mut().raw = raw;
     }
 
     /// Adds a field at the end.
@@ -185,11 +258,23 @@ impl Fields {
     /// # Errors
     /// [`TooManyFields`].
     pub fn append(&mut self, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
-        let known = Known::of(name.as_bytes());
-        self.edits.reserve(name.len() + value.len());
-        let name = self.edit(name.as_bytes());
-        let value = self.edit(value);
-        self.push(Field::new(known, name, value)?)
+        if let Form::Decoded(decoded) = &mut self.0
+            && let (Ok(key), Ok(value)) = (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_bytes(value))
+        {
+            return decoded.append(key, value);
+        }
+        self.lines_mut().append(name, value)
+    }
+
+    /// Adds a known field at the end. Its value is shared where the form allows it.
+    ///
+    /// # Errors
+    /// [`TooManyFields`].
+    pub fn append_known(&mut self, known: Known, value: &HeaderValue) -> Result<(), TooManyFields> {
+        match (&mut self.0, known.key()) {
+            (Form::Decoded(decoded), Some(key)) => decoded.append(key.clone(), value.clone()),
+            _ => self.append(known.as_str(), value.as_bytes()),
+        }
     }
 
     /// Gives the name this one value, in the place of the first field that has it, or at the end.
@@ -197,6 +282,181 @@ impl Fields {
     /// # Errors
     /// [`TooManyFields`].
     pub fn set(&mut self, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
+        if let Form::Decoded(decoded) = &mut self.0
+            && let (Ok(key), Ok(value)) = (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_bytes(value))
+        {
+            return decoded.set(key, value);
+        }
+        self.lines_mut().set(name, value)
+    }
+
+    /// Removes every field of this name. True when there was one.
+    pub fn remove(&mut self, name: &str) -> bool {
+        match &mut self.0 {
+            Form::Lines(lines) => lines.remove(name),
+            Form::Decoded(decoded) => {
+                decoded.known = decoded.known.without(Known::of(name.as_bytes()));
+                decoded.headers.remove(name).is_some()
+            }
+        }
+    }
+
+    /// Removes every field of these known names. [`Known::Other`] removes nothing.
+    pub fn remove_known(&mut self, names: &[Known]) {
+        match &mut self.0 {
+            Form::Lines(lines) => {
+                lines.list.retain(|field| field.known == Known::Other || !names.contains(&field.known));
+            }
+            Form::Decoded(decoded) => {
+                for known in names.iter().filter(|known| decoded.known.contains(**known)) {
+                    decoded.headers.remove(known.as_str());
+                }
+                decoded.known = names.iter().fold(decoded.known, |set, known| set.without(*known));
+            }
+        }
+    }
+
+    /// Keeps the fields for which the test of name, value and known name is true.
+    pub fn retain(&mut self, mut keep: impl FnMut(&[u8], &[u8], Known) -> bool) {
+        let Lines { raw, edits, list, .. } = self.lines_mut();
+        list.retain(|field| keep(resolve(raw, edits, field.name()), resolve(raw, edits, field.value()), field.known));
+    }
+
+    /// Writes the fields as HTTP/1 lines, except those of the names to skip. Neighbours that are as they were received
+    /// are copied as one range. A changed value that could end its line early is left out: no change may add a field.
+    pub fn write_lines(&self, out: &mut BytesMut, skip: KnownSet) {
+        match &self.0 {
+            Form::Lines(lines) => lines.write(out, skip),
+            Form::Decoded(_) => {
+                for (name, value, _) in self.iter().filter(|(_, _, known)| !skip.contains(*known)) {
+                    write_line(out, name, value);
+                }
+            }
+        }
+    }
+
+    /// The first value of a known name.
+    pub fn get(&self, known: Known) -> Option<&[u8]> {
+        match &self.0 {
+            Form::Lines(lines) => {
+                lines.list.iter().find(|field| field.known == known).map(|field| lines.bytes(field.value()))
+            }
+            Form::Decoded(decoded) if decoded.known.contains(known) => {
+                decoded.headers.get(known.key()?).map(HeaderValue::as_bytes)
+            }
+            Form::Decoded(_) => None,
+        }
+    }
+
+    /// All values of a known name, in order.
+    pub fn values(&self, known: Known) -> impl Iterator<Item = &[u8]> {
+        self.iter().filter(move |(_, _, it)| *it == known).map(|(_, value, _)| value)
+    }
+
+    /// All values of a name, in order.
+    pub fn values_of(&self, name: &str) -> impl Iterator<Item = &[u8]> {
+        self.iter().filter(move |(it, _, _)| it.eq_ignore_ascii_case(name.as_bytes())).map(|(_, value, _)| value)
+    }
+
+    /// Name as spelled, value, and the known name, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8], Known)> {
+        let (lines, decoded) = match &self.0 {
+            Form::Lines(lines) => (Some(lines), None),
+            Form::Decoded(decoded) => (None, Some(decoded)),
+        };
+        let lines = lines.into_iter().flat_map(|lines| {
+            lines.list.iter().map(|field| (lines.bytes(field.name()), lines.bytes(field.value()), field.known))
+        });
+        let decoded = decoded.into_iter().flat_map(|decoded| {
+            decoded.headers.iter().map(|(name, value)| {
+                let name = name.as_str().as_bytes();
+                (name, value.as_bytes(), Known::of(name))
+            })
+        });
+        lines.chain(decoded)
+    }
+
+    /// Number of fields.
+    pub fn len(&self) -> usize {
+        match &self.0 {
+            Form::Lines(lines) => lines.list.len(),
+            Form::Decoded(decoded) => decoded.headers.len(),
+        }
+    }
+
+    /// True when there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// True when any value of a comma-separated field contains the token, without regard to case.
+    pub fn has_token(&self, known: Known, token: &str) -> bool {
+        self.values(known).any(|value| tokens(value).any(|found| found.eq_ignore_ascii_case(token.as_bytes())))
+    }
+
+    /// The fields as lines, whatever form they came in.
+    fn lines_mut(&mut self) -> &mut Lines {
+        if let Form::Decoded(decoded) = &self.0 {
+            self.0 = Form::Lines(Box::new(Lines::of(decoded)));
+        }
+        match &mut self.0 {
+            Form::Lines(lines) => lines,
+            Form::Decoded(_) => unreachable!("it has just been replaced"),
+        }
+    }
+}
+
+impl Decoded {
+    fn authority(&self) -> &str {
+        self.uri.authority().map_or("", |it| it.as_str())
+    }
+
+    fn target(&self) -> &str {
+        self.uri.path_and_query().map_or("", |it| it.as_str())
+    }
+
+    fn append(&mut self, name: HeaderName, value: HeaderValue) -> Result<(), TooManyFields> {
+        if self.headers.len() >= MAX_FIELDS {
+            return Err(TooManyFields);
+        }
+        self.known = self.known.with(Known::of(name.as_str().as_bytes()));
+        self.headers.try_append(name, value).map(drop).map_err(|_| TooManyFields)
+    }
+
+    fn set(&mut self, name: HeaderName, value: HeaderValue) -> Result<(), TooManyFields> {
+        if self.headers.len() >= MAX_FIELDS && !self.headers.contains_key(&name) {
+            return Err(TooManyFields);
+        }
+        self.known = self.known.with(Known::of(name.as_str().as_bytes()));
+        self.headers.try_insert(name, value).map(drop).map_err(|_| TooManyFields)
+    }
+}
+
+impl Lines {
+    fn of(decoded: &Decoded) -> Self {
+        let mut lines = Self::default();
+        lines.is_for(decoded.authority(), decoded.target());
+        for (name, value) in &decoded.headers {
+            // They fitted into a map of as many, which holds no longer ones.
+            let _ = lines.append(name.as_str(), value.as_bytes());
+        }
+        lines
+    }
+
+    fn is_for(&mut self, authority: &str, target: &str) {
+        self.authority = self.edit(authority.as_bytes());
+        self.target = self.edit(target.as_bytes());
+    }
+
+    fn append(&mut self, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
+        let known = Known::of(name.as_bytes());
+        self.edits.reserve(name.len() + value.len());
+        let name = self.edit(name.as_bytes());
+        let value = self.edit(value);
+        self.push(Field::new(known, name, value)?)
+    }
+
+    fn set(&mut self, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
         let Some(first) = self.list.iter().position(|field| self.is_named(field, name)) else {
             return self.append(name, value);
         };
@@ -212,28 +472,13 @@ impl Fields {
         Ok(())
     }
 
-    /// Removes every field of this name. True when there was one.
-    pub fn remove(&mut self, name: &str) -> bool {
+    fn remove(&mut self, name: &str) -> bool {
         let (raw, edits, before) = (&self.raw, &self.edits, self.list.len());
         self.list.retain(|field| !resolve(raw, edits, field.name()).eq_ignore_ascii_case(name.as_bytes()));
         self.list.len() != before
     }
 
-    /// Removes every field of these known names. [`Known::Other`] removes nothing.
-    pub fn remove_known(&mut self, names: &[Known]) {
-        self.list.retain(|field| field.known == Known::Other || !names.contains(&field.known));
-    }
-
-    /// Keeps the fields for which the test of name, value and known name is true.
-    pub fn retain(&mut self, mut keep: impl FnMut(&[u8], &[u8], Known) -> bool) {
-        let (raw, edits) = (&self.raw, &self.edits);
-        self.list
-            .retain(|field| keep(resolve(raw, edits, field.name()), resolve(raw, edits, field.value()), field.known));
-    }
-
-    /// Writes the fields as HTTP/1 lines, except those of the names to skip. Neighbours that are as they were received
-    /// are copied as one range. A changed value that could end its line early is left out: no change may add a field.
-    pub fn write_lines(&self, out: &mut BytesMut, skip: KnownSet) {
+    fn write(&self, out: &mut BytesMut, skip: KnownSet) {
         let mut run = 0..0;
         for field in &self.list {
             if skip.contains(field.known) {
@@ -252,10 +497,7 @@ impl Fields {
             if field.value_edited && memchr::memchr3(b'\r', b'\n', 0, value).is_some() {
                 continue;
             }
-            out.extend_from_slice(name);
-            out.extend_from_slice(b": ");
-            out.extend_from_slice(value);
-            out.extend_from_slice(b"\r\n");
+            write_line(out, name, value);
         }
         out.extend_from_slice(&self.raw[run]);
     }
@@ -272,46 +514,6 @@ impl Fields {
             && self.raw.get(name_end..value_start) == Some(b": ")
             && self.raw.get(end..end + 2) == Some(b"\r\n");
         usual.then_some(field.name_start as usize..end + 2)
-    }
-
-    /// The first value of a known name.
-    pub fn get(&self, known: Known) -> Option<&[u8]> {
-        self.list.iter().find(|field| field.known == known).map(|field| self.bytes(field.value()))
-    }
-
-    /// All values of a known name, in order.
-    pub fn values(&self, known: Known) -> impl Iterator<Item = &[u8]> {
-        self.list.iter().filter(move |field| field.known == known).map(|field| self.bytes(field.value()))
-    }
-
-    /// All values of a name, in order.
-    pub fn values_of(&self, name: &str) -> impl Iterator<Item = &[u8]> {
-        self.list.iter().filter(move |field| self.is_named(field, name)).map(|field| self.bytes(field.value()))
-    }
-
-    /// Name as spelled, value, and the known name, in order.
-    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8], Known)> {
-        self.list.iter().map(|field| (self.bytes(field.name()), self.bytes(field.value()), field.known))
-    }
-
-    /// Like [`Fields::iter`], with values that share the received bytes instead of borrowing them.
-    pub fn iter_shared(&self) -> impl Iterator<Item = (&[u8], Bytes, Known)> {
-        self.list.iter().map(|field| (self.bytes(field.name()), self.shared(field.value()), field.known))
-    }
-
-    /// Number of fields.
-    pub fn len(&self) -> usize {
-        self.list.len()
-    }
-
-    /// True when there is none.
-    pub fn is_empty(&self) -> bool {
-        self.list.is_empty()
-    }
-
-    /// True when any value of a comma-separated field contains the token, without regard to case.
-    pub fn has_token(&self, known: Known, token: &str) -> bool {
-        self.values(known).any(|value| tokens(value).any(|found| found.eq_ignore_ascii_case(token.as_bytes())))
     }
 
     fn push(&mut self, field: Field) -> Result<(), TooManyFields> {
@@ -332,14 +534,16 @@ impl Fields {
         Span { start, len: bytes.len() as u32, edited: true }
     }
 
-    fn shared(&self, span: Span) -> Bytes {
-        let bytes = self.bytes(span);
-        if span.edited { Bytes::copy_from_slice(bytes) } else { self.raw.slice_ref(bytes) }
-    }
-
     fn bytes(&self, span: Span) -> &[u8] {
         resolve(&self.raw, &self.edits, span)
     }
+}
+
+fn write_line(out: &mut BytesMut, name: &[u8], value: &[u8]) {
+    out.extend_from_slice(name);
+    out.extend_from_slice(b": ");
+    out.extend_from_slice(value);
+    out.extend_from_slice(b"\r\n");
 }
 
 fn resolve<'a>(raw: &'a [u8], edits: &'a [u8], span: Span) -> &'a [u8] {
@@ -386,8 +590,6 @@ pub struct RequestHead {
     pub version: Version,
     /// The header fields, for HTTP/1 with `Host`, for HTTP/2 without it.
     pub fields: Fields,
-    authority: Span,
-    target: Span,
     path_len: u32,
 }
 
@@ -399,44 +601,54 @@ impl RequestHead {
         version: Version,
         authority: Range<usize>,
         target: Range<usize>,
-        fields: Fields,
+        mut fields: Fields,
     ) -> Self {
-        let mut head = Self {
-            method,
-            scheme: Scheme::Http,
-            version,
-            authority: received(authority),
-            target: received(target),
-            path_len: 0,
-            fields,
-        };
+        let lines = fields.lines_mut();
+        (lines.authority, lines.target) = (received(authority), received(target));
+        let mut head = Self { method, scheme: Scheme::Http, version, fields, path_len: 0 };
+        head.measure_path();
+        head
+    }
+
+    /// A head that an HTTP/2 codec has decoded, with [`Fields::decoded`]. The target must be ASCII.
+    pub fn decoded(method: Method, uri: Uri, mut fields: Fields) -> Self {
+        let scheme = if uri.scheme() == Some(&http::uri::Scheme::HTTPS) { Scheme::Https } else { Scheme::Http };
+        match &mut fields.0 {
+            Form::Decoded(decoded) => decoded.uri = uri,
+            Form::Lines(lines) => lines.is_for(
+                uri.authority().map_or("", |it| it.as_str()),
+                uri.path_and_query().map_or("", |it| it.as_str()),
+            ),
+        }
+        let mut head = Self { method, scheme, version: Version::Http2, fields, path_len: 0 };
         head.measure_path();
         head
     }
 
     /// A head of new parts, without fields.
     pub fn new(method: Method, version: Version, authority: &str, target: &str) -> Self {
-        let mut fields = Fields::default();
-        let authority = fields.edit(authority.as_bytes());
-        let target = fields.edit(target.as_bytes());
-        let mut head = Self { method, scheme: Scheme::Http, version, fields, authority, target, path_len: 0 };
+        let mut lines = Lines::default();
+        lines.is_for(authority, target);
+        let fields = Fields(Form::Lines(Box::new(lines)));
+        let mut head = Self { method, scheme: Scheme::Http, version, fields, path_len: 0 };
         head.measure_path();
         head
     }
 
+    /// What was asked for as an HTTP/2 codec decoded it, when the head is still in that form.
+    pub fn decoded_uri(&self) -> Option<&Uri> {
+        match &self.fields.0 {
+            Form::Lines(_) => None,
+            Form::Decoded(decoded) => Some(&decoded.uri),
+        }
+    }
+
     /// Host and optional port that the request is for: `Host`, the absolute target's, or `:authority`. As sent.
     pub fn authority(&self) -> &str {
-        text(self.fields.bytes(self.authority))
-    }
-
-    /// The authority, sharing the received bytes.
-    pub fn shared_authority(&self) -> Bytes {
-        self.fields.shared(self.authority)
-    }
-
-    /// Path and query, sharing the received bytes.
-    pub fn shared_target(&self) -> Bytes {
-        self.fields.shared(self.target)
+        match &self.fields.0 {
+            Form::Lines(lines) => text(lines.bytes(lines.authority)),
+            Form::Decoded(decoded) => decoded.authority(),
+        }
     }
 
     /// The authority without its port and without a trailing dot. Case as sent.
@@ -451,7 +663,10 @@ impl RequestHead {
 
     /// Path and query as sent.
     pub fn target(&self) -> &str {
-        text(self.fields.bytes(self.target))
+        match &self.fields.0 {
+            Form::Lines(lines) => text(lines.bytes(lines.target)),
+            Form::Decoded(decoded) => decoded.target(),
+        }
     }
 
     /// The path alone, as sent: no decoding, no merging of slashes.
@@ -466,7 +681,8 @@ impl RequestHead {
 
     /// Changes the authority, and `Host` with it where the head has one.
     pub fn set_authority(&mut self, authority: &str) {
-        self.authority = self.fields.edit(authority.as_bytes());
+        let lines = self.fields.lines_mut();
+        lines.authority = lines.edit(authority.as_bytes());
         if self.fields.get(Known::Host).is_some() {
             // The name is there, so no field is added.
             let _ = self.fields.set(Known::Host.as_str(), authority.as_bytes());
@@ -475,7 +691,8 @@ impl RequestHead {
 
     /// Changes path and query.
     pub fn set_target(&mut self, target: &str) {
-        self.target = self.fields.edit(target.as_bytes());
+        let lines = self.fields.lines_mut();
+        lines.target = lines.edit(target.as_bytes());
         self.measure_path();
     }
 
@@ -560,6 +777,71 @@ mod tests {
         head.fields.append("x-b", b"4").unwrap();
         head.fields.append("x-c", b"5\r\nx-d: 6").unwrap();
         assert_eq!(written(&head, KnownSet::default()), "Host: api\r\nX-A: 1\r\nx-a: 2\r\nx-b: 4\r\n");
+    }
+
+    /// A head that came over HTTP/2.
+    fn decoded() -> RequestHead {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [("x-a", "1"), ("te", "trailers"), ("x-a", "2"), ("x-sheer-peer", "me")] {
+            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        let fields = Fields::decoded(headers, |_, _, _| Ok::<_, TooManyFields>(())).unwrap();
+        RequestHead::decoded(Method::GET, Uri::from_static("https://Web:80/a/b?x=1"), fields)
+    }
+
+    fn all(head: &RequestHead) -> Vec<(&str, &str)> {
+        let mut all: Vec<_> = head.fields.iter().map(|(name, value, _)| (text(name), text(value))).collect();
+        all.sort_by_key(|(name, _)| *name);
+        all
+    }
+
+    #[test]
+    fn a_decoded_head_says_the_same_as_lines() {
+        let mut head = decoded();
+        assert_eq!((head.authority(), head.host(), head.scheme), ("Web:80", "Web", Scheme::Https));
+        assert_eq!((head.path(), head.query()), ("/a/b", Some("x=1")));
+        assert_eq!(head.fields.values_of("X-A").collect::<Vec<_>>(), [b"1", b"2"]);
+        assert_eq!((head.fields.get(Known::Te), head.fields.get(Known::Host)), (Some(&b"trailers"[..]), None));
+        let mut lines = BytesMut::new();
+        head.fields.write_lines(&mut lines, KnownSet::of(&[Known::Te, Known::SheerPeer]));
+        assert_eq!(lines, "x-a: 1\r\nx-a: 2\r\n");
+        // One that is changed where only lines can hold it keeps what it is for.
+        head.set_target("/c");
+        assert_eq!((head.authority(), head.path(), head.query()), ("Web:80", "/c", None));
+        assert_eq!(all(&head), [("te", "trailers"), ("x-a", "1"), ("x-a", "2"), ("x-sheer-peer", "me")]);
+        assert!(head.fields.take_decoded().is_none() && head.decoded_uri().is_none());
+    }
+
+    #[test]
+    fn a_decoded_head_is_edited_as_lines_are() {
+        let mut head = decoded();
+        let fields = &mut head.fields;
+        fields.remove_known(&[Known::SheerPeer, Known::Other, Known::ClientCert]);
+        assert_eq!(fields.get(Known::SheerPeer), None);
+        fields.append_known(Known::ClientCert, &HeaderValue::from_static("URI=a")).unwrap();
+        fields.set("X-A", b"3").unwrap();
+        fields.append("X-B", b"4").unwrap();
+        assert_eq!(fields.get(Known::ClientCert), Some(&b"URI=a"[..]));
+        assert!(fields.remove("Te") && !fields.remove("te"));
+        assert_eq!(fields.get(Known::Te), None);
+        fields.append("te", b"gzip").unwrap();
+        assert_eq!(fields.get(Known::Te), Some(&b"gzip"[..]));
+        fields.retain(|name, _, _| name != b"te");
+        assert_eq!(all(&head), [("x-a", "3"), ("x-b", "4"), ("x-forwarded-client-cert", "URI=a")]);
+    }
+
+    #[test]
+    fn decoded_fields_are_bounded() {
+        let mut headers = HeaderMap::new();
+        for _ in 0..MAX_FIELDS {
+            headers.append("a", HeaderValue::from_static("b"));
+        }
+        let admit = |_: Known, _: &str, _: &mut HeaderValue| Ok(());
+        let mut fields = Fields::decoded::<TooManyFields>(headers.clone(), admit).unwrap();
+        assert_eq!(fields.append("a", b"b"), Err(TooManyFields));
+        assert_eq!((fields.set("c", b"d"), fields.set("a", b"d")), (Err(TooManyFields), Ok(())));
+        headers.append("a", HeaderValue::from_static("b"));
+        assert_eq!(Fields::decoded(headers, admit).unwrap_err(), TooManyFields);
     }
 
     #[test]

@@ -44,8 +44,8 @@ pub struct Response {
 pub enum Frame {
     /// Some bytes, never none.
     Data(Bytes),
-    /// The trailer fields. Nothing follows. Boxed, since they are rare and large.
-    Trailers(Box<Fields>),
+    /// The trailer fields. Nothing follows.
+    Trailers(Fields),
 }
 
 /// How long a body will be.
@@ -114,6 +114,16 @@ impl Body {
             Body::H2(incoming) => incoming.is_empty(),
             Body::Metered(body) => body.is_empty(),
             Body::Watched(body) => body.is_empty(),
+        }
+    }
+
+    /// Like [`Body::is_empty`], without asking a connection what has arrived since.
+    pub fn is_known_empty(&self) -> bool {
+        match self {
+            Body::H2(incoming) => incoming.has_ended(),
+            Body::Metered(body) => body.is_known_empty(),
+            Body::Watched(body) => body.is_known_empty(),
+            Body::Empty | Body::Full(_) | Body::H1(_) => self.is_empty(),
         }
     }
 

@@ -33,7 +33,7 @@ pub enum Spoken {
 pub struct Answer {
     response: Response,
     /// Where the connection leads after a response that switches protocols.
-    tunnel: Option<Tunnel>,
+    tunnel: Option<Box<Tunnel>>,
 }
 
 /// The other end of a connection that becomes a tunnel after a 101.
@@ -47,7 +47,7 @@ impl Answer {
     /// What the HTTP/1 loop makes of it.
     pub fn into_outcome(self) -> Outcome<Tunnel> {
         match self.tunnel {
-            Some(tunnel) => Outcome::Tunnel(self.response, tunnel),
+            Some(tunnel) => Outcome::Tunnel(self.response, *tunnel),
             None => Outcome::Response(self.response),
         }
     }
@@ -121,7 +121,10 @@ fn switch(worker: &Worker, caller: Caller, mut record: Record, response: Respons
     match body.into_upgraded() {
         Ok(upstream) => {
             record.switched(head.status);
-            Answer { response: Response { head, body: Body::Empty }, tunnel: Some(Tunnel { upstream, record }) }
+            Answer {
+                response: Response { head, body: Body::Empty },
+                tunnel: Some(Box::new(Tunnel { upstream, record })),
+            }
         }
         Err(_) => answer(worker, caller, record, Err(Cause::BadResponse.into())),
     }

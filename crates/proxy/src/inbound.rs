@@ -22,6 +22,7 @@ use crate::upstream::dial::Place;
 use crate::upstream::tls::{Accepted, Carried, TlsError};
 use crate::worker::Worker;
 use bytes::{Buf, Bytes, BytesMut};
+use http::HeaderValue;
 use sheer_core::cause::Cause;
 use sheer_core::head::{Fields, Known, Version};
 use sheer_core::identity::SpiffeId;
@@ -66,7 +67,7 @@ struct Session {
     edges: Edges,
     source: String,
     /// The value of `x-forwarded-client-cert` that its requests are given.
-    identity: Option<String>,
+    identity: Option<HeaderValue>,
 }
 
 /// The edges of a connection, resolved once.
@@ -348,7 +349,7 @@ impl Session {
             None => Place::Application(SocketAddr::new(dialled.ip(), port)),
         });
         let identity = match &caller {
-            Who::Peer(peer) => Some(format!("URI={peer}")),
+            Who::Peer(peer) => HeaderValue::try_from(format!("URI={peer}")).ok(),
             Who::Unauthenticated | Who::Public => None,
         };
         Self { caller, to, port: port.unwrap_or_default(), edges, source, identity }
@@ -382,6 +383,17 @@ async fn http(worker: Rc<Worker>, io: Io, prefix: BytesMut, spoken: Spoken, sess
 
 /// Serves one request to the workload. The stages run in this order.
 async fn serve(worker: &Worker, session: &Session, request: Request) -> Answer {
+    let (caller, mut record, mut outgoing) = begin(worker, session, request);
+    let result = deliver(worker, session, &mut outgoing, &mut record).await;
+    let mut answer = connection::answer(worker, caller, record, result);
+    if worker.phase() >= Phase::Told && matches!(session.caller, Who::Peer(_)) {
+        answer.say_leaving();
+    }
+    answer
+}
+
+/// Apart from [`serve`], whose future would hold what is borrowed here to its end.
+fn begin(worker: &Worker, session: &Session, request: Request) -> (Caller, Record, Outgoing) {
     let caller = Caller::of(&request.head, session.audience());
     let edge = match request.head.version {
         Version::Http10 | Version::Http11 => &session.edges.http1,
@@ -393,13 +405,8 @@ async fn serve(worker: &Worker, session: &Session, request: Request) -> Answer {
         ..Line::of_request("inbound", &session.source, &request.head)
     });
     let mut record = Record::begin(edge.clone(), line);
-    let mut outgoing = Outgoing::of(request, &mut record);
-    let result = deliver(worker, session, &mut outgoing, &mut record).await;
-    let mut answer = connection::answer(worker, caller, record, result);
-    if worker.phase() >= Phase::Told && matches!(session.caller, Who::Peer(_)) {
-        answer.say_leaving();
-    }
-    answer
+    let outgoing = Outgoing::of(request, &mut record);
+    (caller, record, outgoing)
 }
 
 async fn deliver(
@@ -412,7 +419,7 @@ async fn deliver(
         return Err(Cause::Draining.into());
     }
     let place = session.to.clone()?;
-    identify(session.identity.as_deref(), &mut outgoing.head.fields)?;
+    identify(session.identity.as_ref(), &mut outgoing.head.fields)?;
     let mut response = match send::to_address(worker, place, outgoing, record).await {
         Err(error) if error.cause == Cause::ConnectRefused && worker.proxy.inside.is_some() => {
             worker.look_again(session.port);
@@ -425,11 +432,11 @@ async fn deliver(
 }
 
 /// Who a caller is says the mesh, never the caller.
-fn identify(identity: Option<&str>, fields: &mut Fields) -> Result<(), RequestError> {
+fn identify(identity: Option<&HeaderValue>, fields: &mut Fields) -> Result<(), RequestError> {
     fields.remove_known(IDENTITY_FIELDS);
     match identity {
         Some(value) => {
-            let added = fields.append(Known::ClientCert.as_str(), value.as_bytes());
+            let added = fields.append_known(Known::ClientCert, value);
             added.map_err(|error| RequestError::because(Cause::HeadTooLarge, error))
         }
         None => Ok(()),

@@ -197,6 +197,11 @@ impl Watched {
         self.body.is_empty()
     }
 
+    /// See [`Body::is_known_empty`].
+    pub fn is_known_empty(&self) -> bool {
+        self.body.is_known_empty()
+    }
+
     /// See [`Body::poll_progress`].
     pub fn poll_progress(&mut self, cx: &mut Context<'_>) {
         self.body.poll_progress(cx);
@@ -241,6 +246,11 @@ impl Metered {
     /// See [`Body::is_empty`].
     pub fn is_empty(&self) -> bool {
         self.body.is_empty()
+    }
+
+    /// See [`Body::is_known_empty`].
+    pub fn is_known_empty(&self) -> bool {
+        self.body.is_known_empty()
     }
 
     /// See [`Body::poll_progress`].

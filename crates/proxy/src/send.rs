@@ -7,6 +7,7 @@ use crate::io::Io;
 use crate::record::Record;
 use crate::upstream::dial::{DialError, Place};
 use crate::upstream::endpoint::{InFlight, LiveEndpoint};
+use crate::upstream::pool::Peer;
 use crate::worker::Worker;
 use bytes::Bytes;
 use http::StatusCode;
@@ -18,6 +19,7 @@ use sheer_core::retry::{MAX_TRIES, Progress, may_retry};
 use sheer_core::snapshot::Hop;
 use smallvec::SmallVec;
 use std::net::SocketAddr;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -65,7 +67,6 @@ pub(crate) async fn to_one_of(
     record: &mut Record,
 ) -> Result<(Response, Hop), RequestError> {
     let Outgoing { head, body, interim } = outgoing;
-    let head = &*head;
     let mut avoided = SmallVec::<[usize; MAX_TRIES as usize]>::new();
     let mut last = RequestError::from(Cause::NoEndpoint);
     loop {
@@ -78,7 +79,8 @@ pub(crate) async fn to_one_of(
         let began = Instant::now();
         let spare = whole(body);
         let sent = std::mem::take(body);
-        let failure = match attempt(worker, Place::Endpoint(chosen.clone()), identities, head, sent, interim).await {
+        let peer = worker.pools.peer_at(chosen);
+        let failure = match attempt(worker, peer, identities, head, sent, interim).await {
             Ok(response) => {
                 let waited = began.elapsed();
                 record.waited(waited);
@@ -162,13 +164,12 @@ fn note(worker: &Worker, chosen: &LiveEndpoint, failure: &Failure) {
 /// Sends once, over a kept or a new connection.
 async fn attempt(
     worker: &Worker,
-    place: Place,
+    peer: Rc<Peer>,
     identities: &Arc<[SpiffeId]>,
-    head: &RequestHead,
+    head: &mut RequestHead,
     body: Body,
     interim: &Interim,
 ) -> Result<Response, Failure> {
-    let peer = worker.pools.peer(&place);
     if head.version == Version::Http2 {
         let connection = match worker.pools.http2(&peer, identities).await {
             Ok(connection) => connection,
@@ -225,12 +226,12 @@ pub(crate) async fn to_address(
     record: &mut Record,
 ) -> Result<Response, RequestError> {
     let Outgoing { head, body, interim } = outgoing;
-    let head = &*head;
     let to = place.address();
+    let peer = worker.pools.peer(&place);
     for tries in 1.. {
         let began = Instant::now();
         let body_now = std::mem::take(body);
-        let sent = attempt(worker, place.clone(), &worker.nobody, head, body_now, interim).await;
+        let sent = attempt(worker, peer.clone(), &worker.nobody, head, body_now, interim).await;
         record.waited(began.elapsed());
         let Failure { progress, cause, body: intact, source } = match sent {
             Ok(response) => return Ok(response),
@@ -257,7 +258,7 @@ pub(crate) async fn connect_to_one_of(
         let Some(place) = balance::pick(endpoints, |place| avoided.contains(&place), worker.random()) else { break };
         let chosen = &endpoints[place];
         let in_flight = chosen.state.begin();
-        let peer = worker.pools.peer(&Place::Endpoint(chosen.clone()));
+        let peer = worker.pools.peer_at(chosen);
         let failure = match worker.pools.tcp(&peer, identities).await {
             Ok(io) => return Ok((io, Bytes::new(), in_flight)),
             Err(error) => Failure::from(error),

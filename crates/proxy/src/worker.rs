@@ -123,7 +123,7 @@ pub struct Worker {
     pub outside: Arc<State>,
     drain: drain::Watch,
     log: Option<Log>,
-    snapshot: RefCell<Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>>,
+    snapshot: RefCell<CachedSnapshot>,
     live: RefCell<HashMap<ServiceName, CachedLive, foldhash::fast::RandomState>>,
     edges: RefCell<Edges>,
     unknown: OnceCell<Arc<Edge>>,
@@ -134,7 +134,12 @@ pub struct Worker {
     random: StdCell<u64>,
 }
 
-type CachedLive = Cache<Arc<Cell>, Option<Arc<Live>>>;
+/// What is shared by all workers and held once by this one: a request takes part in it without touching what others do.
+type Held<T> = Rc<Arc<T>>;
+
+type CachedSnapshot = (Cache<Arc<ArcSwap<Snapshot>>, Arc<Snapshot>>, Held<Snapshot>);
+
+type CachedLive = (Cache<Arc<Cell>, Option<Arc<Live>>>, Option<Held<Live>>);
 
 /// The edges of outbound requests, by what was decided: addresses of parts of the snapshot, which each entry keeps.
 #[derive(Default)]
@@ -181,7 +186,7 @@ impl Worker {
             outside: Arc::default(),
             drain: proxy.drain.clone(),
             log,
-            snapshot: RefCell::new(Cache::new(proxy.snapshot.clone())),
+            snapshot: RefCell::new((Cache::new(proxy.snapshot.clone()), Rc::new(proxy.snapshot.load_full()))),
             live: RefCell::default(),
             edges: RefCell::default(),
             unknown: OnceCell::new(),
@@ -230,8 +235,13 @@ impl Worker {
     }
 
     /// The configuration now. Take it once a request.
-    pub fn snapshot(&self) -> Arc<Snapshot> {
-        self.snapshot.borrow_mut().load().clone()
+    pub fn snapshot(&self) -> Rc<Arc<Snapshot>> {
+        let (cache, held) = &mut *self.snapshot.borrow_mut();
+        let now = cache.load();
+        if !Arc::ptr_eq(now, held) {
+            *held = Rc::new(now.clone());
+        }
+        held.clone()
     }
 
     /// How far the proxy has come in leaving.
@@ -245,17 +255,20 @@ impl Worker {
     }
 
     /// The endpoints of a service; `None` when nobody has asked for them yet.
-    pub fn live(&self, service: &ServiceName) -> Option<Arc<Live>> {
+    pub fn live(&self, service: &ServiceName) -> Option<Rc<Arc<Live>>> {
         let mut live = self.live.borrow_mut();
-        if let Some(cached) = live.get_mut(service)
-            && let Some(found) = cached.load()
+        if let Some((cache, held)) = live.get_mut(service)
+            && let Some(found) = cache.load()
         {
-            return Some(found.clone());
+            if held.as_ref().is_none_or(|held| !Arc::ptr_eq(held, found)) {
+                *held = Some(Rc::new(found.clone()));
+            }
+            return held.clone();
         }
         let cell = self.proxy.endpoints.get(service)?;
         let mut cache = Cache::new(cell);
-        let found = cache.load().clone();
-        live.insert(service.clone(), cache);
+        let found = cache.load().clone().map(Rc::new);
+        live.insert(service.clone(), (cache, found.clone()));
         found
     }
 

@@ -49,7 +49,7 @@ pub(crate) struct Shared {
     #[arg(id = "print-settings", long, global = true)]
     pub(crate) print_settings: bool,
 
-    /// What to log on standard error: error, warn, info, debug, trace, or TARGET=LEVEL,... [default: warn; info for
+    /// What to log on standard error: error, warn, info, debug, or TARGET=LEVEL,... [default: warn; info for
     /// sheer control]
     #[arg(long, value_name = "FILTER", global = true)]
     pub(crate) log: Option<String>,

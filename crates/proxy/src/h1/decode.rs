@@ -233,7 +233,7 @@ fn trailers(bytes: &mut BytesMut) -> Result<Step, &'static str> {
     if fields.is_empty() {
         return Ok(Step::End);
     }
-    Ok(Step::Frame(Frame::Trailers(Box::new(fields))))
+    Ok(Step::Frame(Frame::Trailers(fields)))
 }
 
 /// Fields that decide about framing, routing or identity mean nothing after the body, and are dropped there

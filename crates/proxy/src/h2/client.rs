@@ -10,11 +10,12 @@ use crate::body::{Body, Response};
 use crate::io::Io;
 use bytes::Bytes;
 use h2::Reason;
-use h2::client::SendRequest;
+use h2::client::{ResponseFuture, SendRequest};
 use sheer_core::cause::Cause;
 use sheer_core::head::{MAX_HEAD_BYTES, RequestHead};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use tokio::sync::Notify;
@@ -23,8 +24,8 @@ use tokio::sync::Notify;
 /// are gone.
 #[derive(Clone)]
 pub struct Connection {
-    /// Never sends itself, so that it never waits for room: requests are sent by clones of it. Shared, since cloning
-    /// it takes the connection's lock.
+    /// Never waits for room: one that would is replaced by a clone, which does not. Shared, since cloning it takes the
+    /// connection's lock twice.
     sender: Rc<RefCell<SendRequest<Bytes>>>,
     load: Rc<Load>,
 }
@@ -113,36 +114,19 @@ impl Connection {
     }
 
     /// Sends a request and waits for the response's head. Dropping the future, or the response's body before its end,
-    /// resets the stream.
+    /// resets the stream. The head keeps its fields where an error can give the body back.
     ///
     /// # Errors
     /// [`SendError`] when no response head came.
-    pub async fn send(&self, head: &RequestHead, body: Body) -> Result<Response, SendError> {
-        let permit = StreamPermit::new(&self.load);
-        let mut sender = self.sender.borrow().clone();
-        if let Err(error) = poll_fn(|cx| sender.poll_ready(cx)).await {
-            return Err(unsent(body, error));
+    pub async fn send(&self, head: &mut RequestHead, body: Body) -> Result<Response, SendError> {
+        let Begun { permit, spare, response, mut pump } = self.begin(head, body)?;
+        // A small body has come with its head, as a rule: it goes on at once. What is left is a task's.
+        if let Some(sending) = &mut pump
+            && poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx).is_ready())).await
+        {
+            pump = None;
         }
-        let Ok(head) = convert::to_request(head) else {
-            return Err(SendError { cause: Cause::BadRequest, unprocessed: true, body: None, source: None });
-        };
-        let ends = body.is_empty();
-        let (response, mut stream) = match sender.send_request(head, ends) {
-            Ok(sent) => sent,
-            Err(error) => return Err(unsent(body, error)),
-        };
-        let spare = spare(&body);
-        let pump = if ends {
-            None
-        } else {
-            let mut pump = Box::pin(async move {
-                // What went wrong is seen on the response.
-                let _ = pump::send(&mut stream, body, Reason::CANCEL).await;
-            });
-            // A small body has come with its head, as a rule: it goes on at once. What is left is a task's.
-            let whole = poll_fn(|cx| Poll::Ready(pump.as_mut().poll(cx).is_ready())).await;
-            (!whole).then(|| AbortOnDrop(tokio::task::spawn_local(pump).abort_handle()))
-        };
+        let pump = pump.map(|pump| AbortOnDrop(tokio::task::spawn_local(pump).abort_handle()));
         let (parts, stream) = match response.await {
             Ok(response) => response.into_parts(),
             Err(error) => {
@@ -151,18 +135,59 @@ impl Connection {
                 return Err(SendError { cause, unprocessed, body: spare, source: Some(error) });
             }
         };
-        let head = convert::response_of(&parts).map_err(|_| SendError {
+        let body = match body_of(stream, &parts.headers) {
+            Body::H2(incoming) => Body::H2(incoming.answering(pump, permit)),
+            other => other,
+        };
+        let head = convert::response_of(parts).map_err(|_| SendError {
             cause: Cause::BadResponse,
             unprocessed: false,
             body: None,
             source: None,
         })?;
-        let body = match body_of(stream, &parts.headers) {
-            Body::H2(incoming) => Body::H2(incoming.answering(pump, permit)),
-            other => other,
-        };
         Ok(Response { head, body })
     }
+
+    /// Apart from [`Connection::send`], whose future would hold what is borrowed here to its end.
+    fn begin(&self, head: &mut RequestHead, body: Body) -> Result<Begun, SendError> {
+        let permit = StreamPermit::new(&self.load);
+        let spare = spare(&body);
+        let Ok(head) = convert::to_request(head, spare.is_some()) else {
+            return Err(SendError { cause: Cause::BadRequest, unprocessed: true, body: None, source: None });
+        };
+        let ends = body.is_known_empty();
+        let sent = {
+            let mut sender = self.sender.borrow_mut();
+            let sent = sender.send_request(head, ends);
+            // Nothing else waits for the new stream yet, so that asking in nobody's name takes no one's place.
+            if sender.poll_ready(&mut Context::from_waker(Waker::noop())).is_pending() {
+                let unhindered = sender.clone();
+                *sender = unhindered;
+            }
+            sent
+        };
+        let (response, mut stream) = match sent {
+            Ok(sent) => sent,
+            // Whoever sends has just seen that the connection is open. What of the head was moved is gone with the body.
+            Err(error) => return Err(SendError { body: spare, ..unsent(error) }),
+        };
+        let pump = (!ends).then(|| {
+            let pump = async move {
+                // What went wrong is seen on the response.
+                let _ = pump::send(&mut stream, body, Reason::CANCEL).await;
+            };
+            Box::pin(pump) as Pin<Box<dyn Future<Output = ()>>>
+        });
+        Ok(Begun { permit, spare, response, pump })
+    }
+}
+
+/// A request whose head is on its way.
+struct Begun {
+    permit: StreamPermit,
+    spare: Option<Body>,
+    response: ResponseFuture,
+    pump: Option<Pin<Box<dyn Future<Output = ()>>>>,
 }
 
 impl std::fmt::Debug for Connection {
@@ -184,8 +209,8 @@ fn builder() -> h2::client::Builder {
     builder
 }
 
-fn unsent(body: Body, error: h2::Error) -> SendError {
-    SendError { cause: cause_of(&error), unprocessed: true, body: Some(body), source: Some(error) }
+fn unsent(error: h2::Error) -> SendError {
+    SendError { cause: cause_of(&error), unprocessed: true, body: None, source: Some(error) }
 }
 
 /// A second copy of a body that is here as a whole.

@@ -7,13 +7,17 @@ use h2::RecvStream;
 use std::task::{Context, Poll, ready};
 use tokio::task::AbortHandle;
 
+/// What a stream may keep of its windows: a thousand streams (`MAX_STREAMS`) keep half a connection's at most.
+const UNRELEASED: usize = 1024;
+
 /// A body that arrives over HTTP/2. Its window opens again as its parts are taken. Dropping it before its end resets
 /// the stream.
 #[derive(Debug)]
 pub struct Incoming {
     stream: RecvStream,
     remaining: Option<u64>,
-    /// Taken, and given back to the window when the next part is asked for.
+    /// Taken, and given back to the window when a next part is asked for and it is worth telling. What is left is given
+    /// back with the stream.
     unreleased: usize,
     ended: bool,
     /// The task that still sends the request which this answers; it ends with the answer.
@@ -48,6 +52,11 @@ impl Incoming {
         self.remaining.map_or(Length::Unknown, Length::Known)
     }
 
+    /// True when the last part has been taken.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
     /// True when neither bytes nor trailers will come.
     pub fn is_empty(&self) -> bool {
         self.ended || self.stream.is_end_stream()
@@ -70,9 +79,9 @@ impl Incoming {
         match ready!(self.stream.poll_trailers(cx)) {
             Ok(Some(trailers)) => {
                 self.finish();
-                Poll::Ready(match convert::trailers_of(&trailers) {
+                Poll::Ready(match convert::trailers_of(trailers) {
                     Ok(fields) if fields.is_empty() => None,
-                    Ok(fields) => Some(Ok(Frame::Trailers(Box::new(fields)))),
+                    Ok(fields) => Some(Ok(Frame::Trailers(fields))),
                     Err(_) => Some(Err(BodyError::Malformed("too many trailer fields"))),
                 })
             }
@@ -85,7 +94,7 @@ impl Incoming {
     }
 
     fn take(&mut self, bytes: Bytes) -> Bytes {
-        self.unreleased = bytes.len();
+        self.unreleased += bytes.len();
         if let Some(remaining) = &mut self.remaining {
             *remaining = remaining.saturating_sub(bytes.len() as u64);
         }
@@ -93,10 +102,9 @@ impl Incoming {
     }
 
     fn release(&mut self) {
-        let taken = std::mem::take(&mut self.unreleased);
-        if taken > 0 {
+        if self.unreleased > UNRELEASED {
             // Fails only when the stream is gone, and its window with it.
-            let _ = self.stream.flow_control().release_capacity(taken);
+            let _ = self.stream.flow_control().release_capacity(std::mem::take(&mut self.unreleased));
         }
     }
 

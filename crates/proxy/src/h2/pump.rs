@@ -11,15 +11,19 @@ use std::task::Poll;
 #[derive(Debug)]
 pub(super) struct Broken;
 
+/// A first part of at most this is handed over without asking for room: it is here anyway, and as a rule it is all.
+const AT_ONCE: usize = 16 * 1024;
+
 /// Sends the body to its end. Takes the next part only when the one before is on its way, so that a slow reader slows
 /// the source down; ends as soon as the peer resets the stream.
 /// When the source breaks off, the peer is told `broken`.
 pub(super) async fn send(stream: &mut SendStream<Bytes>, mut body: Body, broken: Reason) -> Result<(), Broken> {
+    let mut at_once = AT_ONCE;
     loop {
         match next(stream, &mut body, broken).await? {
             None => return stream.send_data(Bytes::new(), true).map_err(|_| Broken),
-            Some(Frame::Trailers(fields)) => {
-                let headers = convert::to_headers(&fields).map_err(|_| {
+            Some(Frame::Trailers(mut fields)) => {
+                let headers = convert::to_headers(&mut fields).map_err(|_| {
                     stream.send_reset(Reason::INTERNAL_ERROR);
                     Broken
                 })?;
@@ -27,6 +31,9 @@ pub(super) async fn send(stream: &mut SendStream<Bytes>, mut body: Body, broken:
             }
             Some(Frame::Data(mut data)) => {
                 let last = body.is_empty();
+                if data.len() <= std::mem::take(&mut at_once) {
+                    stream.send_data(std::mem::take(&mut data), last).map_err(|_| Broken)?;
+                }
                 while !data.is_empty() {
                     let room = capacity(stream, data.len()).await?;
                     let part = data.split_to(room.min(data.len()));

@@ -13,6 +13,8 @@ use h2::{Reason, RecvStream};
 use http::StatusCode;
 use sheer_core::cause::Cause;
 use sheer_core::head::{MAX_HEAD_BYTES, ResponseHead};
+use std::cell::Cell;
+use std::future::poll_fn;
 use std::io::IoSlice;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -42,33 +44,41 @@ pub async fn serve<S, R>(
 ) -> Result<(), h2::Error>
 where
     S: AsyncFn(Request) -> Option<Response> + 'static,
-    R: Fn(Cause) + 'static,
+    R: Fn(Cause),
 {
-    let handshake = builder().handshake::<_, Bytes>(Prefixed { prefix: prefix.freeze(), io });
+    let reading = Rc::new(Cell::new(Reading::Always));
+    let io = Prefixed { prefix: prefix.freeze(), io, reading: reading.clone() };
+    let handshake = builder().handshake::<_, Bytes>(io);
     // A client that never says its preface would hold its connection for ever.
     let greeted = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake).await;
     let mut connection = greeted.unwrap_or_else(|_| Err(Reason::SETTINGS_TIMEOUT.into()))?;
-    let (service, refused) = (Rc::new(service), Rc::new(refused));
+    reading.set(Reading::UntilEmpty);
+    let service = Rc::new(service);
     let mut pinger = Pinger::new(connection.ping_pong());
     // Who comes while the proxy is leaving is served for as long as others are.
     let leave_at = if drain.is_told() { drain::Phase::Refusing } else { drain::Phase::Told };
     let mut told = false;
     let mut leaving = pin!(drain.reached(leave_at));
-    // One timer for the connection's life: while nothing is open it may fire late, and once.
+    // One timer for the connection's life: while nothing is open it fires once, and then not before the next request.
     let mut beat = pin!(tokio::time::sleep(PING_INTERVAL));
+    let mut beats = true;
     let mut idle = pin!(tokio::time::sleep(IDLE));
     let mut quiet = false;
     loop {
-        let busy = connection.has_streams();
         // Dropping the losing arm is safe: accepting keeps its state in the connection.
         tokio::select! {
             biased;
-            accepted = connection.accept() => match accepted {
+            accepted = poll_fn(|cx| accept(&mut connection, &reading, cx)) => match accepted {
                 Some(stream) => {
                     quiet = false;
-                    let (request, respond) = stream?;
-                    // Boxed, since a task moves its future about as a whole.
-                    tokio::task::spawn_local(Box::pin(answer(request, respond, service.clone(), refused.clone())));
+                    let (request, mut respond) = stream?;
+                    if !std::mem::replace(&mut beats, true) {
+                        beat.as_mut().reset(tokio::time::Instant::now() + PING_INTERVAL);
+                    }
+                    if let Some(request) = read(request, &mut respond, &refused) {
+                        // Boxed, since a task moves its future about as a whole.
+                        tokio::task::spawn_local(Box::pin(answer(request, respond, service.clone())));
+                    }
                 }
                 None => return Ok(()),
             },
@@ -77,6 +87,7 @@ where
                 connection.graceful_shutdown();
             }
             () = &mut idle, if !told => {
+                let busy = connection.has_streams();
                 // Nothing was asked since the last time: a request on its way now is sent again by its client.
                 if quiet && !busy {
                     told = true;
@@ -85,15 +96,35 @@ where
                 quiet = !busy;
                 idle.as_mut().reset(tokio::time::Instant::now() + IDLE);
             }
-            () = &mut beat, if busy => {
-                if !pinger.beat() {
-                    connection.abrupt_shutdown(Reason::NO_ERROR);
-                    return Ok(());
+            () = &mut beat, if beats => {
+                beats = connection.has_streams();
+                if beats {
+                    if !pinger.beat() {
+                        connection.abrupt_shutdown(Reason::NO_ERROR);
+                        return Ok(());
+                    }
+                    beat.as_mut().reset(tokio::time::Instant::now() + PING_INTERVAL);
                 }
-                beat.as_mut().reset(tokio::time::Instant::now() + PING_INTERVAL);
             }
         }
     }
+}
+
+/// A request and the way to answer it.
+type Asked = (http::Request<RecvStream>, SendResponse<Bytes>);
+
+/// The next request. The crate goes over the whole connection for each one; that the socket is empty it learns once.
+fn accept(
+    connection: &mut h2::server::Connection<Prefixed, Bytes>,
+    reading: &Cell<Reading>,
+    cx: &mut Context<'_>,
+) -> Poll<Option<Result<Asked, h2::Error>>> {
+    let accepted = connection.poll_accept(cx);
+    if accepted.is_pending() {
+        // The task is polled again when something has come.
+        reading.set(Reading::UntilEmpty);
+    }
+    accepted
 }
 
 fn builder() -> h2::server::Builder {
@@ -109,38 +140,44 @@ fn builder() -> h2::server::Builder {
     builder
 }
 
-/// Answers one request.
-async fn answer<S, R>(
+/// The request, unless it cannot be read: then it is answered here.
+fn read(
     request: http::Request<RecvStream>,
-    mut respond: SendResponse<Bytes>,
-    service: Rc<S>,
-    refused: Rc<R>,
-) where
-    S: AsyncFn(Request) -> Option<Response>,
-    R: Fn(Cause),
-{
+    respond: &mut SendResponse<Bytes>,
+    refused: impl Fn(Cause),
+) -> Option<Request> {
     let (parts, stream) = request.into_parts();
-    let head = match convert::request_of(&parts) {
-        Ok(head) => head,
+    let body = body_of(stream, &parts.headers);
+    match convert::request_of(parts) {
+        Ok(head) => Some(Request { head, body, interim: Interim::default() }),
         Err(convert::Refused::Malformed) => {
             refused(Cause::BadRequest);
-            return respond.send_reset(Reason::PROTOCOL_ERROR);
+            respond.send_reset(Reason::PROTOCOL_ERROR);
+            None
         }
         Err(convert::Refused::TooManyFields) => {
             refused(Cause::HeadTooLarge);
-            return refuse(&mut respond, Cause::HeadTooLarge.status(), Cause::HeadTooLarge);
+            refuse(respond, Cause::HeadTooLarge.status(), Cause::HeadTooLarge);
+            None
         }
         Err(convert::Refused::Connect) => {
             refused(Cause::BadRequest);
-            return refuse(&mut respond, StatusCode::METHOD_NOT_ALLOWED, Cause::BadRequest);
+            refuse(respond, StatusCode::METHOD_NOT_ALLOWED, Cause::BadRequest);
+            None
         }
-    };
-    let body = body_of(stream, &parts.headers);
+    }
+}
+
+/// Answers one request.
+async fn answer<S>(request: Request, mut respond: SendResponse<Bytes>, service: Rc<S>)
+where
+    S: AsyncFn(Request) -> Option<Response>,
+{
     let answer = tokio::select! {
         biased;
-        answer = service(Request { head, body, interim: Interim::default() }) => answer,
+        answer = service(request) => answer,
         // The client has cancelled, or is gone: whatever was done for it ends here, the request upstream included.
-        _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return,
+        _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
     };
     match answer {
         Some(response) => send(response, respond).await,
@@ -166,8 +203,8 @@ fn refuse(respond: &mut SendResponse<Bytes>, status: StatusCode, cause: Cause) {
 
 async fn send(response: Response, mut respond: SendResponse<Bytes>) {
     let Response { head, body } = response;
-    let Ok(head) = to_response(&head) else { return respond.send_reset(Reason::INTERNAL_ERROR) };
-    let ends = body.is_empty();
+    let Ok(head) = to_response(head) else { return respond.send_reset(Reason::INTERNAL_ERROR) };
+    let ends = body.is_known_empty();
     let Ok(mut stream) = respond.send_response(head, ends) else { return };
     if !ends {
         // Who broke off is known to the body's owner, which counts it.
@@ -175,7 +212,7 @@ async fn send(response: Response, mut respond: SendResponse<Bytes>) {
     }
 }
 
-fn to_response(head: &ResponseHead) -> Result<http::Response<()>, convert::Refused> {
+fn to_response(head: ResponseHead) -> Result<http::Response<()>, convert::Refused> {
     if head.status == StatusCode::SWITCHING_PROTOCOLS {
         return Err(convert::Refused::Malformed);
     }
@@ -186,6 +223,16 @@ fn to_response(head: &ResponseHead) -> Result<http::Response<()>, convert::Refus
 struct Prefixed {
     prefix: Bytes,
     io: Io,
+    reading: Rc<Cell<Reading>>,
+}
+
+/// Whether the socket is read when it is asked to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reading {
+    Always,
+    UntilEmpty,
+    /// It was empty, and its task knows when it no longer is.
+    Empty,
 }
 
 impl AsyncRead for Prefixed {
@@ -195,7 +242,14 @@ impl AsyncRead for Prefixed {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<std::io::Result<()>> {
         if self.prefix.is_empty() {
-            return Pin::new(&mut self.io).poll_read(cx, buffer);
+            if self.reading.get() == Reading::Empty {
+                return Poll::Pending;
+            }
+            let read = Pin::new(&mut self.io).poll_read(cx, buffer);
+            if read.is_pending() && self.reading.get() == Reading::UntilEmpty {
+                self.reading.set(Reading::Empty);
+            }
+            return read;
         }
         let count = self.prefix.len().min(buffer.remaining());
         buffer.put_slice(&self.prefix[..count]);
@@ -260,7 +314,7 @@ mod tests {
         Some(Response { head: ResponseHead::new(StatusCode::OK), body })
     }
 
-    async fn text(mut body: Body) -> (Vec<u8>, Option<Box<Fields>>) {
+    async fn text(mut body: Body) -> (Vec<u8>, Option<Fields>) {
         let mut all = Vec::new();
         while let Some(frame) = body.frame().await {
             match frame.unwrap() {
@@ -281,7 +335,7 @@ mod tests {
             })
             .await;
             let sent: Vec<u8> = (0..3_000_000u32).map(|it| it as u8).collect();
-            let response = client.send(&head(), Body::Full(sent.clone().into())).await.unwrap();
+            let response = client.send(&mut head(), Body::Full(sent.clone().into())).await.unwrap();
             assert_eq!(response.head.status, StatusCode::OK);
             assert!(text(response.body).await.0 == sent);
             assert_eq!(client.streams(), 0);
@@ -315,9 +369,11 @@ mod tests {
                 }
             });
             let upstream = Connection::start(to_app.into()).await.unwrap();
-            let (client, _server) =
-                pair(drain, async move |request: Request| upstream.send(&request.head, request.body).await.ok()).await;
-            let (body, trailers) = text(client.send(&head(), Body::Empty).await.unwrap().body).await;
+            let (client, _server) = pair(drain, async move |mut request: Request| {
+                upstream.send(&mut request.head, request.body).await.ok()
+            })
+            .await;
+            let (body, trailers) = text(client.send(&mut head(), Body::Empty).await.unwrap().body).await;
             assert_eq!(body, b"hello");
             assert_eq!(trailers.unwrap().values_of("grpc-status").collect::<Vec<_>>(), [b"0"]);
         };
@@ -343,7 +399,7 @@ mod tests {
                 std::future::pending::<Option<Response>>().await
             })
             .await;
-            let waiting = spawn_local(async move { client.send(&head(), Body::Empty).await.map(|_| ()) });
+            let waiting = spawn_local(async move { client.send(&mut head(), Body::Empty).await.map(|_| ()) });
             began.notified().await;
             waiting.abort();
             gone.notified().await;
@@ -358,7 +414,7 @@ mod tests {
             let (client, server) = pair(drain, async |_: Request| ok(Body::Empty)).await;
             let mut last = tokio::time::Instant::now();
             for _ in 0..3 {
-                client.send(&head(), Body::Empty).await.unwrap();
+                client.send(&mut head(), Body::Empty).await.unwrap();
                 last = tokio::time::Instant::now();
                 tokio::time::sleep(IDLE * 9 / 10).await;
             }
@@ -385,7 +441,7 @@ mod tests {
             })
             .await;
             let other = client.clone();
-            let open = spawn_local(async move { other.send(&head(), Body::Empty).await });
+            let open = spawn_local(async move { other.send(&mut head(), Body::Empty).await });
             while *seen.borrow() == 0 {
                 tokio::task::yield_now().await;
             }
@@ -393,7 +449,7 @@ mod tests {
             while client.is_open() {
                 tokio::task::yield_now().await;
             }
-            let refused = client.send(&head(), Body::Empty).await.unwrap_err();
+            let refused = client.send(&mut head(), Body::Empty).await.unwrap_err();
             assert!(refused.unprocessed && refused.body.is_some());
             proceed.add_permits(1);
             let answered = open.await.unwrap().unwrap();
@@ -414,7 +470,7 @@ mod tests {
                 }
             });
             let client = Connection::start(to_app.into()).await.unwrap();
-            let refused = client.send(&head(), Body::Full(Bytes::from_static(b"x"))).await.unwrap_err();
+            let refused = client.send(&mut head(), Body::Full(Bytes::from_static(b"x"))).await.unwrap_err();
             assert!(refused.unprocessed);
             assert!(matches!(refused.body.unwrap(), Body::Full(_)));
         };

@@ -135,7 +135,7 @@ impl Connector {
                 (address, tcp(TcpStream::connect(*address)).await?)
             }
         };
-        tracing::trace!(%address, "connected");
+        tracing::debug!(%address, "connected");
         match place {
             Place::Endpoint(live) if live.endpoint.hop == Hop::Sheer1 => {
                 self.notice_silence(&stream, carried);

@@ -6,7 +6,7 @@
 //! the service's identities have changed.
 
 use super::dial::{Connector, DialError, Place, Sessions};
-use super::endpoint::State;
+use super::endpoint::{LiveEndpoint, State};
 use super::tls::{Answered, Carried};
 use crate::h1;
 use crate::h2;
@@ -76,6 +76,15 @@ impl Pools {
     /// Makes connections without keeping them.
     pub fn connector(&self) -> &Connector {
         &self.connector
+    }
+
+    /// The connections to an endpoint.
+    pub fn peer_at(&self, live: &LiveEndpoint) -> Rc<Peer> {
+        let key = Key::Endpoint(Arc::as_ptr(&live.state) as usize);
+        if let Some(peer) = self.peers.borrow().get(&key) {
+            return peer.clone();
+        }
+        self.peer(&Place::Endpoint(live.clone()))
     }
 
     /// The connections to a place.
