@@ -22,7 +22,7 @@ export YES
 .PHONY: help
 help: ## List the targets
 	@echo 'Sheer: a service mesh you do not see. Targets:'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: ## Build and run the mesh with its sample application, load and dashboard, until Ctrl-C
@@ -106,6 +106,24 @@ bench: ## Measure Sheer beside Envoy, HAProxy and nginx (see bench/README.md)
 	$(CARGO) build --locked --profile $(PROFILE) -p sheer
 	$(CARGO) build --locked --release --manifest-path bench/tools/Cargo.toml --target-dir bench/tools/target
 	@ENVOY=$$(scripts/envoy $(TARGET)) SHEER=$(TARGET)/$(PROFILE)/sheer python3 bench/run.py $(ARGS)
+
+# Parsers written by others, and HPACK, below target/.
+FRAMING := $(TARGET)/framing
+$(FRAMING)/bin/python: scripts/framing-requirements.txt
+	python3 -m venv $(FRAMING)
+	$(FRAMING)/bin/pip install --quiet --requirement $<
+	@touch $@
+
+.PHONY: framing
+framing: $(FRAMING)/bin/python ## Play hostile messages against Sheer, Envoy and HAProxy (writes docs/security/framing.md)
+	@scripts/packages framing
+	$(CARGO) build --locked -p sheer-proxy --example mesh_path
+	@ENVOY=$$(scripts/envoy $(TARGET)) MESH_PATH=$(TARGET)/debug/examples/mesh_path $(FRAMING)/bin/python scripts/framing --write $(ARGS)
+
+.PHONY: differential
+differential: $(FRAMING)/bin/python ## Compare our HTTP/1 parser with h11 and llhttp over generated messages
+	$(CARGO) build --locked -p sheer-proxy --example read_http1
+	@READ_HTTP1=$(TARGET)/debug/examples/read_http1 $(FRAMING)/bin/python scripts/differential $(ARGS)
 
 .PHONY: clean
 clean: ## Remove everything that was built

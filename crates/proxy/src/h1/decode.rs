@@ -185,8 +185,48 @@ fn chunk_size(line: &[u8]) -> Result<(u64, usize), &'static str> {
     let extension = &line[digits..];
     match extension.first() {
         None => Ok((size, 0)),
-        Some(b';') if extension.iter().all(|byte| matches!(byte, b'\t' | b' '..=b'~')) => Ok((size, extension.len())),
+        Some(b';') if is_extension(extension) => Ok((size, extension.len())),
+        Some(b';') => Err("bad chunk extension"),
         Some(_) => Err("bad chunk size"),
+    }
+}
+
+/// `;name`, `;name=token` or `;name="text"`, as often as it comes (RFC 9112, section 7.1.1), without the blanks that are
+/// allowed for the sake of old senders.
+fn is_extension(mut rest: &[u8]) -> bool {
+    while let [b';', after @ ..] = rest {
+        let Some(after) = after_token(after) else { return false };
+        rest = match after {
+            [b'=', b'"', quoted @ ..] => match after_quoted(quoted) {
+                Some(after) => after,
+                None => return false,
+            },
+            [b'=', value @ ..] => match after_token(value) {
+                Some(after) => after,
+                None => return false,
+            },
+            _ => after,
+        };
+    }
+    rest.is_empty()
+}
+
+/// What follows a token; `None` where there is none.
+fn after_token(bytes: &[u8]) -> Option<&[u8]> {
+    let is_token = |byte: &u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte);
+    let end = bytes.iter().position(|byte| !is_token(byte)).unwrap_or(bytes.len());
+    (end > 0).then(|| &bytes[end..])
+}
+
+/// What follows the closing quote; `None` where it is missing, or something stands before it that may not.
+fn after_quoted(mut bytes: &[u8]) -> Option<&[u8]> {
+    loop {
+        bytes = match bytes {
+            [b'"', after @ ..] => return Some(after),
+            [b'\\', b'\t' | b' '..=b'~', after @ ..] => after,
+            [b'\t' | b' '..=b'[' | b']'..=b'~', after @ ..] => after,
+            _ => return None,
+        };
     }
 }
 
@@ -294,6 +334,7 @@ mod tests {
         let good: &[(&[u8], &[u8])] = &[
             (b"0\r\n\r\n", b""),
             (b"2\r\nab\r\n0\r\n\r\n", b"ab"),
+            (b"2;a;b=c;d=\"e \\\" f\"\r\nab\r\n0\r\n\r\n", b"ab"),
             (b"002;x=y\r\nab\r\nA\r\n0123456789\r\n0;z\r\n\r\n", b"ab0123456789"),
         ];
         for (input, body) in good {
@@ -316,6 +357,15 @@ mod tests {
             b"fffffffffffffffff\r\nxx\r\n",
             b"2\r;\r\nxx\r\n",
             b"2;\0\r\nxx\r\n",
+            b"2;\r\nxx\r\n",
+            b"2;a=\r\nxx\r\n",
+            b"2;a;\r\nxx\r\n",
+            b"2;a b\r\nxx\r\n",
+            b"2; a\r\nxx\r\n",
+            b"2;a=\"b\r\nxx\r\n",
+            b"2;a=\"b\"c\r\nxx\r\n",
+            b"2;a=\"\\\r\nxx\r\n",
+            b"2;a: b\r\nxx\r\n",
             b"0\r\nA: b\n\r\n",
             b"0\r\n A: b\r\n\r\n",
             b"0\r\nA : b\r\n\r\n",

@@ -309,6 +309,9 @@ impl<'a> FieldReader<'a> {
             Known::Host => only(&mut self.host, value.clone(), "more than one Host")?,
             Known::ContentLength => {
                 only(&mut self.length, content_length(header.value)?, "more than one Content-Length")?;
+                if !self.place.free_of_tabs(name.end) {
+                    return Err("bad Content-Length");
+                }
                 // Some count in eights behind a zero: it goes on without.
                 value.start += header.value.iter().take(header.value.len() - 1).take_while(|it| **it == b'0').count();
             }
