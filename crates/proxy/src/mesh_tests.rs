@@ -410,6 +410,28 @@ async fn what_a_leaving_proxy_did_not_process_is_sent_elsewhere() {
     LocalSet::new().run_until(test).await;
 }
 
+/// Also where no control plane has told anybody that it is leaving.
+#[tokio::test]
+async fn a_connection_that_a_leaving_proxy_does_not_take_goes_elsewhere() {
+    let test = async {
+        let port = application("hello").await;
+        let ca = Authority::new("mesh.internal");
+        let (one, other) = (beside(&ca, "web", &[port], Mode::Strict), beside(&ca, "web", &[port], Mode::Strict));
+        let doors = [(one.door(Traffic::Inbound).await, port), (other.door(Traffic::Inbound).await, port)];
+        let api = beside(&ca, "api", &[], Mode::Strict);
+        api.knows("default/web", Protocol::Tcp, &doors);
+        let door = api.door(upstream("web")).await;
+        one.leave.set(Phase::Refusing);
+        for _ in 0..20 {
+            // Requests to its client and server, bytes to the mesh.
+            assert!(get(door, "/").await.starts_with("HTTP/1.1 200"));
+        }
+        let refused = one.proxy.metrics.exposition();
+        assert!(one.counted().is_empty() && refused.contains("reason=\"draining\""), "{refused}");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
 #[tokio::test]
 async fn somebody_else_at_the_endpoint_gets_no_byte() {
     let test = async {
