@@ -564,6 +564,14 @@ async fn listener() -> (u16, Rc<Cell<usize>>) {
     (port, got)
 }
 
+/// All that is answered, which must not take long.
+async fn whole(mut stream: TcpStream) -> String {
+    let mut answer = Vec::new();
+    let read = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut answer)).await;
+    read.expect("an answer, and its end").unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
 #[tokio::test]
 async fn nobody_gets_an_identity_past_the_mesh_by_writing_badly() {
     let test = async {
@@ -575,8 +583,7 @@ async fn nobody_gets_an_identity_past_the_mesh_by_writing_badly() {
             let request = format!("{line}\r\nHost: web\r\nX-Forwarded-Client-Cert: URI=spiffe://me\r\n\r\n");
             let mut stream = TcpStream::connect(published).await.unwrap();
             stream.write_all(request.as_bytes()).await.unwrap();
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).await.unwrap();
+            let answer = whole(stream).await;
             assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("bad-request"), "{line:?}: {answer}");
         }
         assert_eq!(got.get(), 0);
@@ -602,8 +609,7 @@ async fn what_is_written_of_a_workload_decides_what_its_ports_speak() {
         web.proxy.snapshot.store(Arc::new(snapshot));
         let mut stream = TcpStream::connect(web.door(Traffic::Published(port)).await).await.unwrap();
         stream.write_all(b"QUIT\r\n").await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
+        let answer = whole(stream).await;
         assert!(answer.starts_with("HTTP/1.1 400") && got.get() == 0, "{answer}");
     };
     LocalSet::new().run_until(test).await;
