@@ -292,10 +292,12 @@ macro_rules! counters {
 }
 
 counters! {
-    /// What the proxy refused to carry, by kind.
+    /// What cannot be carried and was refused by the rules, by kind.
     Refused {
         /// A datagram that is not DNS.
         Udp => "udp",
+        /// A packet that is neither TCP nor UDP.
+        Other => "other",
     }
 }
 
@@ -391,9 +393,9 @@ impl Metrics {
         edges
     }
 
-    /// Counts something refused.
-    pub fn refused(&self, what: Refused) {
-        self.refused[what as usize].fetch_add(1, Relaxed);
+    /// Counts packets that were refused.
+    pub fn refused(&self, what: Refused, count: u64) {
+        self.refused[what as usize].fetch_add(count, Relaxed);
     }
 
     /// Counts a connection that was refused before its edge was known.

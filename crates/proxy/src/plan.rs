@@ -236,6 +236,13 @@ pub enum FromSupervisor {
     Drain,
     /// The command has ended: its endpoints leave at once.
     Gone,
+    /// So many more packets that cannot be carried were refused.
+    Refused {
+        /// Datagrams that are not DNS.
+        udp: u64,
+        /// Neither TCP nor UDP.
+        other: u64,
+    },
 }
 
 impl Plan {

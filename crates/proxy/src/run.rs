@@ -12,7 +12,7 @@ use crate::drain::{self, Phase};
 use crate::health::Watcher;
 use crate::identity::{IdentityError, Keeper, Wanted};
 use crate::link::Link;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Refused};
 use crate::plan::{self, Capture, FromSupervisor, Mode, Plan, Role, ToSupervisor};
 use crate::platform;
 use crate::state::{Directory, StateError};
@@ -103,9 +103,9 @@ pub fn run(plan: Plan) -> Result<(), Error> {
 }
 
 async fn live(plan: Plan, link: &mut Link) -> Result<(), Error> {
-    let mut orders = Orders::new(link, plan.supervisor.is_some())?;
     let sockets = Sockets::adopt(&plan)?;
     let own = OwnHalf::start(&plan, sockets)?;
+    let mut orders = Orders::new(link, plan.supervisor.is_some(), own.proxy.metrics.clone())?;
     let OwnHalf { proxy, doors, signal, leaving, mut keeper, mut ready, mut standing, serving, mut sync, others } = own;
 
     // Each arm may be dropped: waiting for a value loses nothing.
@@ -228,15 +228,16 @@ struct Orders<'a> {
     link: &'a mut Link,
     supervised: bool,
     signals: [Signal; 3],
+    metrics: Arc<Metrics>,
 }
 
 impl<'a> Orders<'a> {
     /// With a supervisor the signals are its business: a service manager sends them to the whole group. Taking them here
     /// keeps them from ending the proxy.
-    fn new(link: &'a mut Link, supervised: bool) -> Result<Self, Error> {
+    fn new(link: &'a mut Link, supervised: bool, metrics: Arc<Metrics>) -> Result<Self, Error> {
         let take = |kind| signal(kind).map_err(system("take signals"));
         let signals = [take(SignalKind::terminate())?, take(SignalKind::interrupt())?, take(SignalKind::hangup())?];
-        Ok(Self { link, supervised, signals })
+        Ok(Self { link, supervised, signals, metrics })
     }
 
     /// Cancel safe.
@@ -244,7 +245,14 @@ impl<'a> Orders<'a> {
         let [terminate, interrupt, hangup] = &mut self.signals;
         loop {
             tokio::select! {
-                order = self.link.hear() => return order,
+                order = self.link.hear() => match order {
+                    FromSupervisor::Refused { udp, other } => {
+                        self.metrics.refused(Refused::Udp, udp);
+                        self.metrics.refused(Refused::Other, other);
+                        continue;
+                    }
+                    order => return order,
+                },
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
                 _ = hangup.recv() => {}

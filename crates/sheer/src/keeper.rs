@@ -29,7 +29,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Larger than any message here.
 pub(crate) const MESSAGE: usize = 64 * 1024;
@@ -100,6 +100,13 @@ pub(crate) enum FromKeeper {
         /// Its exit status, or 128 and the number of the signal that ended it.
         status: u8,
     },
+    /// So many more packets that cannot be carried were refused.
+    Refused {
+        /// Datagrams that are not DNS.
+        udp: u64,
+        /// Neither TCP nor UDP.
+        other: u64,
+    },
 }
 
 /// `sheer __keeper PLAN LINK [COMMAND...]`: two inherited descriptors and the command.
@@ -144,7 +151,13 @@ struct Keeper {
     relieved: bool,
     /// Undone at the end, when nothing of the workload runs any more.
     joined: Option<namespace::Joined>,
+    /// What was refused so far: datagrams, and what is neither TCP nor UDP.
+    refused: (u64, u64),
+    looked: Instant,
 }
+
+/// How often is looked whether the rules refused something.
+pub(crate) const LOOK: Duration = Duration::from_secs(2);
 
 impl Keeper {
     fn begin(plan: KeeperPlan, link: OwnedFd, command: &[OsString]) -> Result<Self> {
@@ -172,7 +185,9 @@ impl Keeper {
         }
         let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(OwnedFd::as_fd).collect();
         tell(link.as_fd(), &FromKeeper::Made { listeners: roles, tables }, &borrowed)?;
-        Ok(Self { plan, command: command.to_vec(), link, vending, signals, running: None, relieved: false, joined })
+        let command = command.to_vec();
+        let (refused, looked) = ((0, 0), Instant::now());
+        Ok(Self { plan, command, link, vending, signals, running: None, relieved: false, joined, refused, looked })
     }
 
     /// Serves until the supervisor closes the link.
@@ -185,7 +200,8 @@ impl Keeper {
                 PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
             ];
             waits.extend(self.vending.as_ref().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
-            match poll(&mut waits, PollTimeout::NONE) {
+            let look = PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::NONE);
+            match poll(&mut waits, if self.plan.namespace.is_some() { look } else { PollTimeout::NONE }) {
                 Err(nix::errno::Errno::EINTR) => continue,
                 other => other?,
             };
@@ -199,6 +215,9 @@ impl Keeper {
             }
             if ready[0] && !self.listen()? {
                 return Ok(());
+            }
+            if self.plan.namespace.is_some() && self.looked.elapsed() >= LOOK {
+                self.tell_refused();
             }
         }
     }
@@ -277,6 +296,19 @@ impl Keeper {
                 // The supervisor may be dead; then the end of the link says so.
                 let _ = tell(self.link.as_fd(), &FromKeeper::Ended { status }, &[]);
             }
+        }
+    }
+
+    /// Tells what the rules have refused since the last time.
+    fn tell_refused(&mut self) {
+        self.looked = Instant::now();
+        let count = |counter| crate::nft::packets("sheer", counter).unwrap_or_default();
+        let now = (count("refused_udp"), count("refused_other"));
+        let (udp, other) = (now.0.saturating_sub(self.refused.0), now.1.saturating_sub(self.refused.1));
+        self.refused = now;
+        if (udp, other) != (0, 0) {
+            // The supervisor may be dead; then the end of the link says so.
+            let _ = tell(self.link.as_fd(), &FromKeeper::Refused { udp, other }, &[]);
         }
     }
 

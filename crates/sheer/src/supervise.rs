@@ -149,6 +149,10 @@ struct Supervisor {
     hint: Option<String>,
     announcement: String,
     status: u8,
+    /// When the rules of a shared network are looked at again.
+    look_at: Instant,
+    /// Whether it was said that something was refused.
+    told_refused: bool,
 }
 
 /// What became readable in one turn of the loop.
@@ -225,7 +229,8 @@ impl Supervisor {
             Phase::Draining(at) | Phase::Leaving(at) => Some(at),
             Phase::Stopping(at) => at,
         };
-        [phase, self.proxy.respawn_at()].into_iter().flatten().min()
+        let look = self.adopted.as_ref().filter(|adopted| adopted.refuses()).map(|_| self.look_at);
+        [phase, self.proxy.respawn_at(), look].into_iter().flatten().min()
     }
 
     /// Does what the time has come for; true when all is over.
@@ -238,6 +243,11 @@ impl Supervisor {
             }
             self.record.proxy = self.proxy.pid().and_then(Process::of);
             self.write_record()?;
+        }
+        if let Some(adopted) = self.adopted.as_mut().filter(|adopted| adopted.refuses() && self.look_at <= now) {
+            self.look_at = now + keeper::LOOK;
+            let udp = adopted.newly_refused();
+            self.refused(udp, 0);
         }
         match self.phase {
             Phase::Starting if now >= self.started + PATIENCE => {
@@ -297,8 +307,23 @@ impl Supervisor {
                 }
                 FromKeeper::Ended { status } => self.command_ended(status),
                 FromKeeper::Failed { message } => bail!(message),
+                FromKeeper::Refused { udp, other } => self.refused(udp, other),
                 FromKeeper::Made { .. } | FromKeeper::Started { .. } => {}
             }
+        }
+    }
+
+    /// The rules refused packets: the proxy counts them, and whoever started the workload is told once.
+    fn refused(&mut self, udp: u64, other: u64) {
+        if (udp, other) == (0, 0) {
+            return;
+        }
+        self.proxy.tell(&FromSupervisor::Refused { udp, other });
+        if !std::mem::replace(&mut self.told_refused, true) {
+            let what = if udp > 0 { "UDP other than DNS" } else { "traffic that is neither TCP nor UDP" };
+            say(&format!(
+                "{what} of the workload cannot be carried and was refused; sheer_refused_total in its metrics counts on"
+            ));
         }
     }
 

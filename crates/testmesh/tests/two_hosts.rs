@@ -237,39 +237,36 @@ impl<'a> Side<'a> {
         Ok(Resident { service, programs, unit })
     }
 
-    /// UDP other than DNS is refused at once and counted by the rules; who captures no packets says so.
+    /// UDP other than DNS is refused at once, counted by the proxy and named by the supervisor; who captures no packets
+    /// says so.
     fn refuses_udp(&self, capture: &str, resident: &Resident<'_>, target: Ipv4Addr) -> Result<()> {
         let service = &resident.service;
-        let table = format!("sheer-default-{service}");
-        let record = |root: &Path| -> Result<Value> {
-            let file = root.join(format!("sheer/run/default_{service}/workload.json"));
-            serde_json::from_slice(&std::fs::read(&file).with_context(|| file.display().to_string())?)
-                .map_err(Into::into)
-        };
-        let (place, table, counter) = match capture {
-            "netns" => (record(&self.host.path("/run"))?["keeper"]["pid"].take(), "sheer", "refused_udp"),
-            "rootless" => (record(&self.person.home.join("run"))?["keeper"]["pid"].take(), "sheer", "refused_udp"),
-            "cgroup" => (self.host.pid().into(), table.as_str(), "other_udp"),
-            "here" => (self.container.pid().into(), table.as_str(), "other_udp"),
+        let said = |text: &str| resident.programs.iter().any(|it| it.output().contains(text));
+        let (host, runs) = match capture {
+            "netns" | "cgroup" => (self.host, self.host.path("/run/sheer/run")),
+            "rootless" => (self.host, self.person.home.join("run/sheer/run")),
+            "here" => (self.container, self.container.path("/run/sheer/run")),
             _ => {
-                let said = resident.programs.iter().any(|it| it.output().contains("goes around the mesh"));
-                ensure!(said, "{service} does not say what it leaves alone");
+                ensure!(said("goes around the mesh"), "{service} does not say what it leaves alone");
                 return Ok(());
             }
         };
-        let count = || -> Result<u64> {
-            let nft = ["nft", "-j", "list", "counter", "inet", table, counter];
-            let text = run(Command::new("nsenter").args(["--net", "-t", &place.to_string(), "--"]).args(nft))?;
-            let listed: Value = serde_json::from_str(&text)?;
-            let counters = listed["nftables"].as_array().context("nft says nothing")?;
-            counters.iter().find_map(|it| it["counter"]["packets"].as_u64()).with_context(|| text.clone())
+        let record: Value =
+            serde_json::from_slice(&std::fs::read(runs.join(format!("default_{service}/workload.json")))?)?;
+        let metrics = format!("http://{}/metrics", record["metrics"].as_str().context("no metrics")?);
+        let counts = |count: u64| -> Result<()> {
+            let metrics = run(host.command("curl").args(["-sS", &metrics]))?;
+            let refused = metrics.lines().find(|line| line.starts_with("sheer_refused_total{what=\"udp\"}"));
+            ensure!(refused.is_some_and(|line| line.ends_with(&format!(" {count}"))), "{service}: {refused:?}");
+            Ok(())
         };
-        let before = count()?;
+        counts(0)?;
         let mut send = self.command(capture, resident, "bash")?;
         let sent = send.args(["-c", &format!("echo x > /dev/udp/{target}/9")]).output()?;
         let complaint = String::from_utf8_lossy(&sent.stderr);
         ensure!(complaint.contains("not permitted"), "{service} could send: {complaint}");
-        ensure!(count()? == before + 1, "{service}: {} packets were refused, before {before}", count()?);
+        wait::until("it is counted", PATIENCE, || counts(1))?;
+        ensure!(said("UDP other than DNS of the workload cannot be carried"), "{service}: nobody was told");
         Ok(())
     }
 

@@ -40,7 +40,12 @@ impl Metrics {
         sample(text, "sheer_resources_refused_total", "", refused);
         head(text, "sheer_edges_overflowed_total", "counter", "Look-ups of edges that were counted as 'other'.");
         sample(text, "sheer_edges_overflowed_total", "", self.overflowed.load(Relaxed));
-        head(text, "sheer_refused_total", "counter", "What the proxy cannot carry and refused.");
+        head(
+            text,
+            "sheer_refused_total",
+            "counter",
+            "Packets of the workload that cannot be carried and were refused.",
+        );
         for what in Refused::ALL {
             let labels = format!("what=\"{}\"", what.as_str());
             sample(text, "sheer_refused_total", &labels, self.refused[*what as usize].load(Relaxed));
@@ -172,7 +177,7 @@ mod tests {
         edge.count(502, 14, Some(Cause::ConnectRefused));
         edge.latency(Duration::from_millis(2), Duration::ZERO);
         edge.bytes(10, 20);
-        metrics.refused(Refused::Udp);
+        metrics.refused(Refused::Udp, 1);
         let text = metrics.exposition();
         let labels = "side=\"outbound\",source=\"default/web\",destination=\"default/api\",route=\"default\",backend=\"\",protocol=\"http1\",mtls=\"true\"";
         for line in [

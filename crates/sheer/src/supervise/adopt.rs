@@ -128,6 +128,8 @@ pub(super) struct Adopted {
     number: Option<u64>,
     inotify: Option<Inotify>,
     watch: Option<WatchDescriptor>,
+    /// Datagrams refused so far, by the rules in force.
+    refused: u64,
 }
 
 impl Adopted {
@@ -138,7 +140,7 @@ impl Adopted {
             Whose::Cgroup(_) => Some(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?),
             Whose::All | Whose::User(_) => None,
         };
-        Ok(Self { whose, facts, active: false, number: None, inotify, watch: None })
+        Ok(Self { whose, facts, active: false, number: None, inotify, watch: None, refused: 0 })
     }
 
     /// Puts the rules there; those for a group that does not exist yet, as soon as it does.
@@ -226,6 +228,20 @@ impl Adopted {
         };
         // In one step, whatever was there before.
         crate::nft::apply(&format!("add table inet {table}\ndelete table inet {table}\n{}", shared.ruleset()))
+    }
+
+    /// Whether there are rules that refuse something.
+    pub(super) fn refuses(&self) -> bool {
+        self.active && self.facts.other_udp == OtherUdp::Refuse
+    }
+
+    /// How many datagrams were refused since this was last asked.
+    pub(super) fn newly_refused(&mut self) -> u64 {
+        let now = crate::nft::packets(&self.facts.table, "other_udp").unwrap_or_default();
+        // Rules that were put anew begin at nothing.
+        let new = now.checked_sub(self.refused).unwrap_or(now);
+        self.refused = now;
+        new
     }
 
     /// Takes the rules away; connections that were captured stay so.

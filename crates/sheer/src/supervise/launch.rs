@@ -214,6 +214,8 @@ pub(super) fn launch(
         )),
         announcement,
         status: 0,
+        look_at: Instant::now(),
+        told_refused: false,
     })
 }
 

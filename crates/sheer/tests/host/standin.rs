@@ -59,7 +59,9 @@ async fn serve(plan: Plan) {
         // Not by a macro: the harness keeps what those print.
         let mut plain = std::io::stderr();
         writeln!(plain, "stand-in: {message:?}").unwrap();
-        say(ToSupervisor::Drained).await;
+        if !matches!(message, FromSupervisor::Refused { .. }) {
+            say(ToSupervisor::Drained).await;
+        }
     }
 }
 
