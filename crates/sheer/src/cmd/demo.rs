@@ -50,7 +50,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     anstream::println!("{} Ctrl-C ends it and removes everything.", "Starting the Sheer demonstration.".bold());
     let mut stage = Stage::set()?;
     let result = perform(&args, &mut stage, &signals);
-    anstream::println!("Ending; what is open is finished first ...");
+    anstream::println!("Ending; what is open is finished first (Ctrl-C: at once) ...");
     let _progress = Progress::of("waiting for the services to end");
     stage.strike(END, || signals.try_recv().is_ok());
     let verdict = result?;

@@ -26,6 +26,8 @@ const CLOCK_SLACK: Duration = Duration::from_secs(24 * 3600);
 #[derive(Clone, Debug)]
 struct Facts {
     root: bool,
+    /// A container: what it may not do is its owner's choice, and `--capture here` is made for it.
+    container: bool,
     /// Where nft is, or why it is nowhere.
     nft: Result<PathBuf, String>,
     /// What keeps a workload from having a network of its own.
@@ -50,6 +52,7 @@ pub(super) fn look() -> anyhow::Result<Vec<Finding>> {
     let made = std::env::current_exe().and_then(|path| path.metadata()).and_then(|found| found.modified());
     Ok(findings(&Facts {
         root: nix::unistd::geteuid().is_root(),
+        container: is_container(),
         nft: crate::nft::find().map_err(|error| error.to_string()),
         namespace: obstacle(),
         groups: hierarchy().map_err(|error| error.to_string()),
@@ -60,6 +63,12 @@ pub(super) fn look() -> anyhow::Result<Vec<Finding>> {
         files: descriptors::most(),
         dead: rundir::dead(&rundir::runs(&dirs)),
     }))
+}
+
+/// Whether this is a container, by the signs that Docker, Podman and Kubernetes leave in one.
+fn is_container() -> bool {
+    ["/.dockerenv", "/run/.containerenv"].iter().any(|sign| Path::new(sign).exists())
+        || std::env::var_os("KUBERNETES_SERVICE_HOST").is_some()
 }
 
 /// What keeps a workload from having a network of its own. Another process of this program tries, and what it
@@ -88,7 +97,7 @@ fn free(path: &Path) -> Option<u64> {
 fn findings(facts: &Facts) -> Vec<Finding> {
     let mut found = vec![rules(facts), network(facts), clock(facts)];
     // Only root adopts what runs already.
-    if facts.root {
+    if facts.root && !facts.container {
         found.push(groups(facts));
     }
     found.extend(facts.space.iter().filter_map(|(path, free)| space(path, *free)));
@@ -121,6 +130,9 @@ fn network(facts: &Facts) -> Finding {
     match &facts.namespace {
         None if facts.root => finding(Level::Ok, subject, "a workload can have a network of its own"),
         None => finding(Level::Ok, subject, "a workload can have a network of its own, without root"),
+        Some(_) if facts.container => {
+            finding(Level::Ok, subject, "this is a container, whose own network '--capture here' takes as a whole")
+        }
         Some(Obstacle { why, mend }) => Finding {
             why: why.clone(),
             mend: format!("{mend}; or use '--capture env', which needs no privileges but captures less")
@@ -209,6 +221,7 @@ mod tests {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
         Facts {
             root: true,
+            container: false,
             nft: Ok("/usr/sbin/nft".into()),
             namespace: None,
             groups: Ok("/sys/fs/cgroup".into()),
@@ -268,6 +281,14 @@ mod tests {
             assert_eq!((found[0].0, found[0].1.as_str()), (level, subject));
             assert!(found[0].2.contains(mend), "{}", found[0].2);
         }
+    }
+
+    #[test]
+    fn what_a_container_may_not_do_is_no_fault() {
+        let refused = Some(Obstacle { why: "EPERM".into(), mend: "give it CAP_SYS_ADMIN".into() });
+        let facts = Facts { container: true, namespace: refused, groups: Err("there is none".into()), ..well() };
+        assert!(amiss(&facts).is_empty());
+        assert!(findings(&facts).iter().any(|it| it.what.contains("--capture here")));
     }
 
     #[test]
