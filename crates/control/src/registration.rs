@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use sheer_core::compile::{Compiled, Registered, RegisteredPort};
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::{DnsLabel, NameError, ServiceName};
-use sheer_core::resource::Enrollment;
+use sheer_core::resource::{Allowed, Enrollment};
 use sheer_core::wire::v1::{self, Health, Hop, Mode, Protocol};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -152,7 +152,12 @@ pub fn grant(control: &Control, peer: &Peer, registration: &v1::Registration) ->
     let labels = claimed_labels(registration, enrollment)?;
     let announced = written.map(|written| written.addresses.as_slice()).unwrap_or_default();
     let address = claimed_address(control, peer, registration, &attested, enrollment, announced)?;
-    let ports = claimed_ports(registration, enrollment, address)?;
+    let is_named = |port: u16| {
+        written.is_some_and(|written| written.ports.iter().any(|it| it.port == port))
+            || matches!(enrollment.map(|it| &it.ports), Some(Allowed::These(ports)) if ports.contains(&port))
+    };
+    let own = is_own(control, peer);
+    let ports = claimed_ports(registration, enrollment, address, |port| own || is_named(port))?;
     for (what, text) in [("network", &registration.network), ("locality", &registration.locality)] {
         if text.len() > MAX_TEXT || text.chars().any(char::is_control) {
             return Err(Refusal::new(
@@ -261,10 +266,14 @@ fn claimed_labels(
 
 /// The ports, and where peers dial each: rules that redirect an application's own port leave loopback alone, so that a
 /// workload which is only reached there is dialled at its proxy's own port.
+///
+/// Callers of an address are led to a workload's proxy at another port only where the port `is_granted`: nobody can tell
+/// from afar whose program listens at an address, and who may register must not draw another program's callers away.
 fn claimed_ports(
     registration: &v1::Registration,
     enrollment: Option<&Enrollment>,
     address: IpAddr,
+    is_granted: impl Fn(u16) -> bool,
 ) -> Result<Vec<StoredPort>, Refusal> {
     if registration.ports.len() > MAX_PORTS {
         return Err(Refusal::new(format!("more than {MAX_PORTS} ports"), "declare fewer"));
@@ -297,10 +306,15 @@ fn claimed_ports(
             mesh_port,
             hop: claimed.hop,
             ready: claimed.ready,
-            at_address: claimed.at_address,
+            at_address: claimed.at_address && (claimed.mesh_port == claimed.port || is_granted(port)),
         });
     }
     Ok(ports)
+}
+
+/// Whether the peer is of the control plane's own user, on its host.
+fn is_own(control: &Control, peer: &Peer) -> bool {
+    matches!(&peer.origin, Origin::Local { uid } if control.own_users.contains(uid))
 }
 
 /// Where peers dial the workload: the stream's source, or a granted address. A workload of the control plane's own user
@@ -325,8 +339,7 @@ fn claimed_address(
     if address.is_unspecified() || address.is_multicast() {
         return Err(Refusal::new(format!("{address} is no address of a host"), "write one that peers can dial"));
     }
-    let own = matches!(&peer.origin, Origin::Local { uid } if control.own_users.contains(uid));
-    let granted = own
+    let granted = is_own(control, peer)
         || address == source
         || announced.contains(&address)
         || attested.addresses.iter().any(|net| net.contains(&address))

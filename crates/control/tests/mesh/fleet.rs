@@ -58,6 +58,35 @@ async fn a_captured_workload_at_loopback_is_dialled_at_its_proxys_port() {
     watcher.until("plaintext", |it| dialled(it, 8080) && it.endpoints(API)[0].address.as_ref() == [127, 0, 0, 1]).await;
 }
 
+/// Whose program listens at a port of a host cannot be told from afar.
+#[tokio::test]
+async fn callers_of_an_address_are_led_elsewhere_only_where_the_port_was_granted() {
+    const WRITTEN: &str = "
+apiVersion: sheer.dev/v1alpha1
+kind: Workload
+metadata: {name: known-1}
+spec: {serviceAccount: known, ports: [{port: 8080}]}
+";
+    let mesh = Fixture::with_config(&[("known.yaml", WRITTEN)]).await;
+    let mut watcher = mesh.watcher(API).await;
+    let mut streams = Vec::new();
+    for (account, mesh_port, found) in
+        [("thief", 40001, false), ("captured", 8080, true), ("known", 40001, true), ("own", 40001, true)]
+    {
+        let (name, service) = (Name::new(account, &format!("{account}-1")), format!("default/{account}"));
+        let channel = match account {
+            "own" => mesh.workload(&name, &service).await.0,
+            _ => client::join(&mesh.token(account).await, &name).await.unwrap().0,
+        };
+        let mut registration = client::registration(&name, &service);
+        (registration.ports[0].mesh_port, registration.ports[0].at_address) = (mesh_port, true);
+        streams.push(client::attach(&channel, registration).await.unwrap());
+        watcher.subscribe::<v1::Endpoints>(&[&service]).await;
+        let told = |it: &Discovery| it.endpoints(&service).iter().map(|it| it.at_address).collect::<Vec<_>>();
+        watcher.until(account, |it| told(it) == [found, found]).await;
+    }
+}
+
 #[tokio::test]
 async fn a_closed_stream_is_suspect_at_once_and_may_return() {
     let mesh = Fixture::start().await;
