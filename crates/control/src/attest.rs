@@ -16,8 +16,8 @@ use sheer_core::resource::{Enrollment, Method};
 use sheer_core::token::JoinToken;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tonic::{Request, Status};
 
@@ -55,6 +55,8 @@ pub enum Origin {
 pub struct Line {
     /// The other end closed or reset it. False while it is open, and when it just went silent.
     pub closed: AtomicBool,
+    /// In how many milliseconds its proxy was asked to come back; 0: it was let in.
+    pub(crate) later_ms: OnceLock<u32>,
 }
 
 impl Peer {

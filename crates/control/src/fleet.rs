@@ -16,11 +16,12 @@ use sheer_core::identity::SpiffeId;
 use sheer_core::name::{DnsLabel, ServiceName};
 use sheer_core::wire::v1::edge::Side;
 use sheer_core::wire::v1::{
-    ControlNotice, Health, Mode, ProxyReport, Registration, RegistrationRefused, control_notice, proxy_report,
+    ControlNotice, Health, Mode, Pace, ProxyReport, Registration, RegistrationRefused, control_notice, proxy_report,
 };
+use sheer_core::wire::{PUSHBACK, SERVING};
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -43,6 +44,13 @@ const REPORT: Duration = Duration::from_secs(30);
 const FIRST_REPORT: Duration = Duration::from_secs(10);
 /// Notices that wait for a proxy: one a registration.
 const NOTICES: usize = 8;
+/// The time that each proxy's return takes of the control plane, on a small machine: certificates, a registration, and
+/// what it is told. Their number times this is the time over which they are asked to come back.
+const RETURN_EACH_MS: u32 = 35;
+/// So many come back at once, however many there are.
+const RETURN_AT_ONCE: usize = 16;
+/// The shortest and the longest time over which proxies come back; a few are no herd.
+const RETURN_MS: std::ops::RangeInclusive<u32> = 500..=10_000;
 /// Resources remembered as refused, for each workload.
 const MAX_REFUSED: usize = 100;
 
@@ -57,6 +65,33 @@ pub struct Fleet {
     members: Mutex<BTreeMap<String, Member>>,
     certificates: Mutex<HashMap<String, Attested>>,
     sessions: AtomicU64,
+    /// In what time the proxies should come back after a loss; brought up to date every second.
+    return_within_ms: AtomicU32,
+    herd: OnceLock<Herd>,
+}
+
+/// Proxies that served when this control plane started, and come back to it. Those that notice its return at the same
+/// moment are let in one by one; they lose nothing meanwhile, since what is stored of them holds.
+#[derive(Debug)]
+struct Herd {
+    began: Instant,
+    within_ms: u32,
+    workloads: usize,
+    let_in: AtomicUsize,
+}
+
+impl Herd {
+    /// In how many milliseconds a proxy that comes after this time is to come again; 0: now.
+    fn turn(&self, elapsed: Duration) -> u32 {
+        let elapsed_ms = u32::try_from(elapsed.as_millis()).unwrap_or(u32::MAX);
+        let left_ms = self.within_ms.saturating_sub(elapsed_ms);
+        let due = self.workloads * (self.within_ms - left_ms) as usize / self.within_ms.max(1) as usize;
+        let comes_in = |let_in: usize| (let_in < RETURN_AT_ONCE + due).then_some(let_in + 1);
+        if left_ms == 0 || self.let_in.fetch_update(Ordering::Relaxed, Ordering::Relaxed, comes_in).is_ok() {
+            return 0;
+        }
+        rand::random_range(1..=left_ms)
+    }
 }
 
 struct Member {
@@ -135,7 +170,34 @@ impl Fleet {
             }
             self.members.lock().insert(uid, member);
         }
+        let workloads = self.members.lock().len();
+        self.set_pace(workloads);
+        let _ = self.herd.set(Herd {
+            began: Instant::now(),
+            within_ms: return_within_ms(workloads),
+            workloads,
+            let_in: AtomicUsize::new(0),
+        });
         Ok(())
+    }
+
+    /// Lets a proxy in, or asks one that serves anyway to come a little later, because many come back at once.
+    ///
+    /// # Errors
+    /// With when to come.
+    pub fn take_turn<T>(&self, peer: &Peer, request: &Request<T>) -> Result<(), Status> {
+        let Some(herd) = self.herd.get().filter(|_| request.metadata().contains_key(SERVING)) else { return Ok(()) };
+        let later_ms = *peer.line.later_ms.get_or_init(|| herd.turn(herd.began.elapsed()));
+        if later_ms == 0 {
+            return Ok(());
+        }
+        let mut status = Status::unavailable("many proxies come back at once, this one is to come in a moment");
+        status.metadata_mut().insert(PUSHBACK, later_ms.into());
+        Err(status)
+    }
+
+    fn set_pace(&self, workloads: usize) {
+        self.return_within_ms.store(return_within_ms(workloads), Ordering::Relaxed);
     }
 
     /// The identity that has a workload's name, while it is registered.
@@ -435,6 +497,7 @@ impl Fleet {
             for uid in &forgotten {
                 members.remove(uid);
             }
+            self.set_pace(members.len());
         }
         for uid in forgotten {
             control.telemetry.left(&uid);
@@ -447,6 +510,12 @@ impl Fleet {
 /// Whether one more of `total` may leave by suspicion when `removed` have: at most a fifth, but one of two or more.
 fn removed_by_suspicion_is_bounded(total: usize, removed: usize) -> bool {
     total > 1 && removed < (total / 5).max(1)
+}
+
+/// The time over which this many proxies should come back. In steps of a factor of two, so that it is seldom told anew.
+fn return_within_ms(workloads: usize) -> u32 {
+    let rounded = u32::try_from(workloads).ok().and_then(u32::checked_next_power_of_two).unwrap_or(u32::MAX);
+    rounded.saturating_mul(RETURN_EACH_MS).clamp(*RETURN_MS.start(), *RETURN_MS.end())
 }
 
 fn store_later(control: &Control, uid: &str, stored: Stored) {
@@ -492,9 +561,10 @@ impl service::fleet_server::Fleet for FleetService {
     async fn attach(&self, request: Request<Streaming<ProxyReport>>) -> Result<Response<Self::AttachStream>, Status> {
         let peer = Peer::of(&request)?;
         self.control.admit(&peer)?;
+        self.control.fleet.take_turn(&peer, &request)?;
         let (out, notices) = mpsc::channel(NOTICES);
         let session = self.control.fleet.sessions.fetch_add(1, Ordering::Relaxed) + 1;
-        let attached = Attached { control: self.control.clone(), peer, session, out, uid: None };
+        let attached = Attached { control: self.control.clone(), peer, session, out, uid: None, paced: 0 };
         tokio::spawn(attached.serve(request.into_inner()));
         Ok(Response::new(ReceiverStream::new(notices)))
     }
@@ -507,6 +577,8 @@ struct Attached {
     session: u64,
     out: mpsc::Sender<Result<ControlNotice, Status>>,
     uid: Option<String>,
+    /// The pace that the proxy was last told.
+    paced: u32,
 }
 
 impl Attached {
@@ -539,6 +611,7 @@ impl Attached {
                         let _ = self.out.send(Err(status)).await;
                         return false;
                     }
+                    self.tell_pace();
                     continue;
                 }
             };
@@ -570,6 +643,19 @@ impl Attached {
         }
     }
 
+    /// Tells a registered proxy how to come back, when that has changed.
+    fn tell_pace(&mut self) {
+        let return_within_ms = self.control.fleet.return_within_ms.load(Ordering::Relaxed);
+        if self.uid.is_none() || self.paced == return_within_ms {
+            return;
+        }
+        let body = Some(control_notice::Body::Pace(Pace { return_within_ms }));
+        // A proxy that does not read now hears it a second later.
+        if self.out.try_send(Ok(ControlNotice { body })).is_ok() {
+            self.paced = return_within_ms;
+        }
+    }
+
     async fn take(&mut self, body: proxy_report::Body) -> Result<(), Status> {
         let control = self.control.clone();
         let fleet = &control.fleet;
@@ -587,7 +673,9 @@ impl Attached {
                 }
             };
             let notice = ControlNotice { body: Some(body) };
-            return self.out.send(Ok(notice)).await.map_err(|_| Status::cancelled("the stream has ended"));
+            self.out.send(Ok(notice)).await.map_err(|_| Status::cancelled("the stream has ended"))?;
+            self.tell_pace();
+            return Ok(());
         }
         let Some(uid) = &self.uid else {
             return Err(Status::failed_precondition("the first report must be a registration"));
@@ -681,5 +769,29 @@ mod tests {
     fn at_most_a_fifth_of_a_service_leaves_by_suspicion() {
         let leave = |total| (0..total).take_while(|removed| removed_by_suspicion_is_bounded(total, *removed)).count();
         assert_eq!([1, 2, 4, 9, 10, 100].map(leave), [0, 1, 1, 1, 2, 20]);
+    }
+
+    #[test]
+    fn proxies_that_come_back_at_once_are_let_in_one_by_one() {
+        let herd = Herd { began: Instant::now(), within_ms: 9000, workloads: 200, let_in: AtomicUsize::new(0) };
+        let at = |ms| Duration::from_millis(ms);
+        let mut later: Vec<u64> = (0..200).map(|_| herd.turn(at(0)).into()).filter(|ms| *ms > 0).collect();
+        assert_eq!(later.len(), 200 - RETURN_AT_ONCE);
+        later.sort_unstable();
+        assert!(later[0] < 1000 && later[later.len() - 1] > 8000, "{later:?}");
+        // Those come when they were told to, and hardly any has to come a third time.
+        let again = later.iter().filter(|ms| herd.turn(at(**ms)) > 0).count();
+        assert!(again < 40, "{again}");
+        assert_eq!(herd.turn(at(9000)), 0);
+        let few = Herd { within_ms: 500, workloads: 3, let_in: AtomicUsize::new(0), ..herd };
+        assert!((0..3).all(|_| few.turn(at(0)) == 0));
+    }
+
+    #[test]
+    fn a_few_come_back_soon_and_many_one_by_one() {
+        assert_eq!(
+            [0, 1, 8, 100, 200, 10_000, usize::MAX].map(return_within_ms),
+            [500, 500, 500, 4480, 8960, 10_000, 10_000]
+        );
     }
 }

@@ -343,6 +343,7 @@ impl service::aggregated_discovery_service_server::AggregatedDiscoveryService fo
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
         let peer = Peer::of(&request)?;
         self.control.admit(&peer)?;
+        self.control.fleet.take_turn(&peer, &request)?;
         let (out, responses) = mpsc::channel(QUEUE);
         let stream = Stream {
             membership: self.control.hub.join(),

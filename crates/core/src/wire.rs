@@ -36,6 +36,12 @@ mod generated {
     }
 }
 
+/// Request metadata of a proxy that serves with what it holds: it can be asked to come back later.
+pub const SERVING: &str = "sheer-serving";
+
+/// Metadata of a refusal: in how many milliseconds to come back (gRPC's own name for it, proposal A6).
+pub const PUSHBACK: &str = "grpc-retry-pushback-ms";
+
 /// The features of resources that this version understands; `requires` of a resource may name no other.
 pub const FEATURES: &[&str] = &["base"];
 

@@ -147,6 +147,9 @@ pub struct Configuration {
     /// What the control plane said does not exist.
     #[prost(message, repeated, tag = "2")]
     pub absent: Vec<Absent>,
+    /// In what time to come back to the control plane after a loss, in milliseconds; 0 when it said nothing.
+    #[prost(uint32, tag = "3")]
+    pub return_within_ms: u32,
 }
 
 /// A resource that was asked for by name and does not exist.
@@ -231,6 +234,7 @@ mod tests {
         let kept = Configuration {
             resources: vec![discovery::Resource { name: "n".into(), ..Default::default() }],
             absent: vec![Absent { type_url: "t".into(), name: "n".into() }],
+            return_within_ms: 500,
         };
         directory.save(CONFIGURATION, &kept.encode_to_vec()).unwrap();
         assert_eq!(Configuration::load(&directory), Some(kept));

@@ -3,13 +3,18 @@
 //! One connection at a time, to the first control plane that answers, in the order in which they are named. While there
 //! is none, everything goes on with what is held. After an established connection was lost one attempt follows at once: a
 //! connection that broke alone is replaced before the control plane lets the workload go, which it does after a second.
-//! When that attempt fails the control plane itself is away: the next one comes after a random time of at most 7 s, and
-//! further ones are at most 10 s apart, so that many proxies come back to a restarted control plane one by one. At the
-//! start attempts follow each other quickly.
+//! When that attempt fails the control plane itself is away. Every further attempt then comes after a random time, which
+//! grows with the fleet: the control plane has said over what time its proxies should come back, so that 200 of them come
+//! one by one, and the three of a laptop at once. At the start attempts follow each other quickly.
+//!
+//! What a proxy finds on its disk when it starts may be of another control plane than the one that answers now. So it is
+//! served only once that is known: its control plane cannot be reached, or has shown that it is still the same by its
+//! roots. See [`Readiness`].
 
 mod demand;
 mod discovery;
 mod fleet;
+mod readiness;
 mod view;
 
 pub use demand::{Demand, Demands};
@@ -25,8 +30,9 @@ use discovery::Discovery;
 use fleet::Fleet;
 use prost::Message;
 use rand::Rng;
+use readiness::Readiness;
 use sheer_core::name::DnsLabel;
-use sheer_core::wire::v1;
+use sheer_core::wire::{PUSHBACK, SERVING, v1};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,14 +43,17 @@ use tonic::Code;
 use tonic::transport::Channel;
 use view::View;
 
-/// The longest time until the first attempt after an established connection was lost: a third of what a control plane
-/// waits before it lets a workload go whose connection closed.
-const AT_ONCE: Duration = Duration::from_millis(300);
+/// The longest time until the first attempt after an established connection was lost: long enough for a dying control
+/// plane to have closed its door, too short for another one to be there. One that comes back later is met by the pauses
+/// below, never by everybody at once.
+const AT_ONCE: Duration = Duration::from_millis(50);
 
-/// The longest time until the second attempt. 200 proxies then come back spread over more than 5 s.
-const AFTER_LOSS: Duration = Duration::from_secs(7);
+/// The longest pause before the second attempt, and how far it grows, where the control plane wants everybody back
+/// sooner. An attempt costs next to nothing; a laptop's proxies are back within two seconds.
+const AFTER_LOSS: Duration = Duration::from_millis(500);
+const AFTER_LOSS_LAST: Duration = Duration::from_secs(2);
 
-/// The longest time between further attempts.
+/// The longest pause that a control plane may ask for, and what holds when it said nothing.
 const BETWEEN: Duration = Duration::from_secs(10);
 
 /// The first pause before anything was ever established; it doubles up to [`STARTING_LAST`].
@@ -55,6 +64,8 @@ const STARTING_LAST: Duration = Duration::from_secs(3);
 /// than [`SAVE_APART`] after the last time.
 const SAVE_AFTER: Duration = Duration::from_millis(200);
 const SAVE_APART: Duration = Duration::from_secs(2);
+
+const FOREIGN: &str = "the stored configuration is of another control plane than the certificate, and is not used";
 
 /// What the synchronisation needs.
 pub struct Setup {
@@ -91,7 +102,7 @@ pub struct Sync {
     saver: Saver,
     fleet: Fleet,
     metrics: Arc<Metrics>,
-    ready: watch::Sender<bool>,
+    readiness: Readiness,
 }
 
 /// Why a stream ended.
@@ -103,6 +114,12 @@ enum Lost {
     /// It failed.
     #[error("{}", of_status(.0))]
     Failed(#[source] Box<tonic::Status>),
+    /// What was on disk is not of this control plane, which is asked again without it.
+    #[error("the stored configuration is of another control plane and is not used")]
+    Another,
+    /// It asks the proxy, which serves anyway, to come back in a while.
+    #[error("the control plane asks to come back in {} ms", .0.as_millis())]
+    Later(Duration),
 }
 
 /// What the control plane said; the code's own description only where it said nothing.
@@ -112,7 +129,11 @@ fn of_status(status: &tonic::Status) -> String {
 
 impl From<tonic::Status> for Lost {
     fn from(status: tonic::Status) -> Self {
-        Lost::Failed(Box::new(status))
+        let later_ms = status.metadata().get(PUSHBACK).and_then(|it| it.to_str().ok()?.parse().ok());
+        match later_ms {
+            Some(ms) => Lost::Later(Duration::from_millis(ms).min(BETWEEN)),
+            None => Lost::Failed(Box::new(status)),
+        }
     }
 }
 
@@ -120,7 +141,7 @@ impl Lost {
     /// Whether the control plane does not accept who the proxy says it is.
     fn is_stranger(&self) -> bool {
         match self {
-            Lost::Ended => false,
+            Lost::Ended | Lost::Another | Lost::Later(_) => false,
             Lost::Failed(status) => matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied),
         }
     }
@@ -131,8 +152,16 @@ impl Sync {
     pub fn new(setup: Setup) -> Self {
         let metrics = setup.outputs.metrics.clone();
         let mut view = View::new(setup.namespace, setup.outputs);
+        let mut return_within_ms = 0;
         if let Some(configuration) = Configuration::load(&setup.directory) {
-            view.restore(configuration);
+            let held = setup.held.borrow();
+            let bundle = view::trust_of(&configuration.resources);
+            if bundle.is_some_and(|bundle| held.as_ref().is_some_and(|held| !held.shares_root(&bundle))) {
+                tracing::warn!("{FOREIGN}");
+            } else {
+                return_within_ms = configuration.return_within_ms;
+                view.restore(configuration);
+            }
         }
         let Demands { wants, unreachable } = setup.demands;
         let fleet = Fleet {
@@ -141,6 +170,7 @@ impl Sync {
             unreachable,
             leaving: setup.leaving,
             standing: watch::channel(Standing::Unknown).0,
+            pace: watch::channel(return_within_ms).0,
             metrics: metrics.clone(),
         };
         Self {
@@ -148,10 +178,10 @@ impl Sync {
             held: setup.held,
             renew: setup.renew,
             wants,
-            ready: watch::channel(view.is_ready()).0,
+            readiness: Readiness::new(view.is_ready()),
             view,
             waiters: Waiters::default(),
-            saver: Saver::new(setup.directory),
+            saver: Saver::new(setup.directory, fleet.pace.subscribe()),
             fleet,
             metrics,
         }
@@ -159,7 +189,7 @@ impl Sync {
 
     /// Whether the proxy has what it needs to serve, from the control plane or from disk.
     pub fn ready(&self) -> watch::Receiver<bool> {
-        self.ready.subscribe()
+        self.readiness.subscribe()
     }
 
     /// What the control plane said of the registration.
@@ -170,33 +200,63 @@ impl Sync {
     /// Follows control planes until [`Leaving::Done`] was said, or cannot be.
     pub async fn run(mut self) {
         let mut failures: u32 = 0;
-        let mut established = false;
+        // One that was told how to come back was established, if only before its restart.
+        let mut established = *self.fleet.pace.borrow() > 0;
         let mut leaving = self.fleet.leaving.clone();
         loop {
             let Some(held) = self.certificate(&mut leaving).await else { break };
-            let lost = match self.connect(&held, &mut leaving).await {
+            self.drop_foreign(&held);
+            let (reason, lost) = match self.connect(&held, &mut leaving).await {
                 Some(Ok((address, channel))) => {
                     tracing::info!(%address, "connected to the control plane");
                     self.metrics.set_control_connected(true);
-                    let end = self.attend(channel, held.uid()).await;
+                    let end = self.attend(&address, channel, held.uid()).await;
                     self.metrics.set_control_connected(false);
                     self.saver.flush(&self.view).await;
                     let Err(lost) = end else { break };
-                    let stranger = lost.is_stranger();
-                    if stranger {
-                        self.renew.notify_one();
-                    }
                     // One that never spoke is no established connection.
                     let spoke = *self.fleet.standing.borrow() != Standing::Unknown;
-                    (lost.to_string(), spoke && !stranger)
+                    let lost_after = match &lost {
+                        Lost::Later(later) => After::Asked(*later),
+                        Lost::Another => {
+                            self.view.clear();
+                            self.readiness.doubt();
+                            After::Nothing
+                        }
+                        lost if lost.is_stranger() => {
+                            self.renew.notify_one();
+                            self.readiness.doubt();
+                            After::Refusal
+                        }
+                        _ if spoke => After::Connection,
+                        _ => {
+                            self.readiness.settle(self.view.is_ready());
+                            After::Failure
+                        }
+                    };
+                    (lost.to_string(), lost_after)
                 }
-                Some(Err(error)) => (error.to_string(), false),
+                Some(Err(error @ DialError::Untrusted { .. })) => {
+                    self.readiness.doubt();
+                    (error.to_string(), After::Failure)
+                }
+                Some(Err(error)) => {
+                    self.readiness.settle(self.view.is_ready());
+                    (error.to_string(), After::Failure)
+                }
                 None => break,
             };
-            let (reason, was_established) = lost;
-            failures = if was_established { 0 } else { failures + 1 };
-            established |= was_established;
-            let pause = pause(failures, established);
+            failures = match lost {
+                After::Connection | After::Nothing | After::Asked(_) => 0,
+                After::Refusal | After::Failure => failures + 1,
+            };
+            established |= lost == After::Connection;
+            // A refusal is mended by another certificate, which may be there in a moment.
+            let herd = (established && lost != After::Refusal).then(|| *self.fleet.pace.borrow());
+            let pause = match lost {
+                After::Asked(later) => later,
+                _ => pause(failures, herd),
+            };
             // An established one that ends is told once; that nobody answers then is told when it lasts.
             if failures == u32::from(!established) || (failures > 0 && failures.is_multiple_of(10)) {
                 tracing::warn!(pause_ms = pause.as_millis(), "no control plane: {reason}; serving with what is held");
@@ -206,6 +266,16 @@ impl Sync {
             }
         }
         self.saver.flush(&self.view).await;
+    }
+
+    /// Leaves aside what was found on disk when it is not of the control plane that issued the certificate since. A proxy
+    /// that serves goes on, and is told what has changed.
+    fn drop_foreign(&mut self, held: &Held) {
+        if !self.readiness.is_ready() && self.view.trust().is_some_and(|bundle| !held.shares_root(&bundle)) {
+            tracing::warn!("{FOREIGN}");
+            self.view.clear();
+            self.readiness.doubt();
+        }
     }
 
     /// The certificate, as soon as there is one; `None` when the proxy ends before.
@@ -238,6 +308,8 @@ impl Sync {
             for address in addresses {
                 match dial(&address, Some(&trust)).await {
                     Ok(channel) => return Ok((address, channel)),
+                    // That another one answers is more than that nobody does.
+                    Err(_) if matches!(last, Some(DialError::Untrusted { .. })) => {}
                     Err(error) => last = Some(error),
                 }
             }
@@ -250,24 +322,31 @@ impl Sync {
                 dialled = &mut dialling => return Some(dialled),
                 _ = leaving.wait_for(|it| *it == Leaving::Done) => return None,
                 Some(want) = self.wants.recv() => self.waiters.add(&mut self.view, want),
+                () = self.readiness.overdue() => self.readiness.settle(self.view.is_ready()),
             }
         }
     }
 
     /// Runs both streams of a connection until one ends. `Ok` when everything is said.
-    async fn attend(&mut self, channel: Channel, uid: &str) -> Result<(), Lost> {
+    async fn attend(&mut self, address: &Address, channel: Channel, uid: &str) -> Result<(), Lost> {
         self.fleet.standing.send_replace(Standing::Unknown);
+        if matches!(address, Address::Tcp(_)) {
+            // Its certificate ends in a root of ours.
+            self.readiness.settle(self.view.is_ready());
+        }
+        let serving = self.readiness.is_ready();
         let discovery = Discovery {
             view: &mut self.view,
             wants: &mut self.wants,
             waiters: &mut self.waiters,
             saver: &mut self.saver,
-            ready: &self.ready,
+            readiness: &mut self.readiness,
+            pace: self.fleet.pace.subscribe(),
         };
         // With one stream the other ends: they share the connection, and the next one resumes.
         tokio::select! {
             lost = discovery.follow(channel.clone(), uid) => Err(lost),
-            said = self.fleet.attend(channel) => said,
+            said = self.fleet.attend(channel, serving) => said,
         }
     }
 
@@ -285,18 +364,42 @@ impl Sync {
     }
 }
 
-/// The pause before the next attempt. `failures` since the last established connection; `established`: whether there ever
-/// was one.
-fn pause(failures: u32, established: bool) -> Duration {
+/// What an attempt to follow a control plane came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    /// An established connection was lost.
+    Connection,
+    /// The same control plane is to be asked again at once.
+    Nothing,
+    /// It does not accept who the proxy says it is.
+    Refusal,
+    /// It is to be asked again after this time.
+    Asked(Duration),
+    /// None was established.
+    Failure,
+}
+
+/// Marks a request of a proxy that serves with what it holds.
+fn marked<T>(message: T, serving: bool) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    if serving {
+        request.metadata_mut().insert(SERVING, tonic::metadata::MetadataValue::from_static("1"));
+    }
+    request
+}
+
+/// The pause before the next attempt, after this many failures since the last established connection. `herd` is in how many
+/// milliseconds the control plane wants its proxies back, 0 when it did not say; `None` when there never was one.
+fn pause(failures: u32, herd: Option<u32>) -> Duration {
     let mut random = rand::rng();
-    match (failures, established) {
+    let doubled = |first: Duration, last| first.saturating_mul(1 << (failures.max(1) - 1).min(10)).min(last);
+    match (failures, herd) {
         (0, _) => AT_ONCE.mul_f64(random.random_range(0.0..1.0)),
-        (1, true) => AFTER_LOSS.mul_f64(random.random_range(0.0..1.0)),
-        (_, true) => BETWEEN.mul_f64(random.random_range(0.0..1.0)),
-        (_, false) => {
-            let whole = STARTING_FIRST.saturating_mul(1 << (failures - 1).min(10)).min(STARTING_LAST);
-            whole.mul_f64(random.random_range(0.5..=1.0))
+        (_, Some(within_ms)) => {
+            let within = if within_ms == 0 { BETWEEN } else { Duration::from_millis(within_ms.into()).min(BETWEEN) };
+            within.max(doubled(AFTER_LOSS, AFTER_LOSS_LAST)).mul_f64(random.random_range(0.0..1.0))
         }
+        (_, None) => doubled(STARTING_FIRST, STARTING_LAST).mul_f64(random.random_range(0.5..=1.0)),
     }
 }
 
@@ -333,11 +436,13 @@ struct Saver {
     due: Option<Instant>,
     last: Option<Instant>,
     writing: Option<JoinHandle<()>>,
+    /// In what time to come back after a loss.
+    pace: watch::Receiver<u32>,
 }
 
 impl Saver {
-    fn new(directory: Directory) -> Self {
-        Self { directory, due: None, last: None, writing: None }
+    fn new(directory: Directory, pace: watch::Receiver<u32>) -> Self {
+        Self { directory, due: None, last: None, writing: None, pace }
     }
 
     fn note_change(&mut self) {
@@ -364,7 +469,8 @@ impl Saver {
         }
         self.due = None;
         self.last = Some(Instant::now());
-        let (directory, content) = (self.directory.clone(), view.configuration().encode_to_vec());
+        let content = Configuration { return_within_ms: *self.pace.borrow(), ..view.configuration() };
+        let (directory, content) = (self.directory.clone(), content.encode_to_vec());
         self.writing = Some(tokio::task::spawn_blocking(move || {
             if let Err(error) = directory.save(CONFIGURATION, &content) {
                 tracing::warn!("{error}; the proxy goes on, and would need the control plane after a restart");

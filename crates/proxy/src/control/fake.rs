@@ -41,6 +41,8 @@ pub(crate) struct Script {
     pub(crate) refuse: Option<Status>,
     /// The requests for a certificate.
     pub(crate) certified: Vec<v1::CertifyRequest>,
+    /// In what time proxies are told to come back, unless 0.
+    pub(crate) return_within_ms: u32,
     /// What proxies reported.
     pub(crate) reports: Vec<v1::ProxyReport>,
     /// Every discovery request.
@@ -170,6 +172,11 @@ impl Fleet for Fake {
                     let registered = v1::Registered { uid: "uid".into(), warnings: vec![] };
                     let body = Some(v1::control_notice::Body::Registered(registered));
                     let _ = sender.send(Ok(v1::ControlNotice { body })).await;
+                    let return_within_ms = script.lock().return_within_ms;
+                    if return_within_ms > 0 {
+                        let body = Some(v1::control_notice::Body::Pace(v1::Pace { return_within_ms }));
+                        let _ = sender.send(Ok(v1::ControlNotice { body })).await;
+                    }
                 }
                 script.lock().reports.push(report);
             }

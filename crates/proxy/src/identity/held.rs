@@ -109,6 +109,11 @@ impl Held {
         self.stored.trust.as_ref().map_or("", |trust| &trust.trust_domain)
     }
 
+    /// Whether a trust bundle has a root in common with the one that came with the certificate.
+    pub(crate) fn shares_root(&self, bundle: &v1::TrustBundle) -> bool {
+        self.roots.iter().any(|own| bundle.roots.iter().any(|root| root[..] == own[..]))
+    }
+
     /// When the certificate ends.
     pub fn not_after(&self) -> SystemTime {
         self.not_after

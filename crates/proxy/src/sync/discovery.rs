@@ -1,14 +1,15 @@
 //! One discovery stream: subscriptions, resumption, acknowledgements, refusals.
 
 use super::demand::Want;
+use super::readiness::Readiness;
 use super::view::{Kind, View};
-use super::{Lost, Saver, Waiters};
+use super::{Lost, Saver, Waiters, marked};
 use crate::control::MAX_MESSAGE;
 use crate::control::clients::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use prost::Message;
 use sheer_core::name::ServiceName;
 use sheer_core::wire::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
-use sheer_core::wire::{FEATURES, rpc, v1};
+use sheer_core::wire::{FEATURES, Resource as _, rpc, v1};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use tokio::sync::{mpsc, watch};
@@ -24,12 +25,13 @@ pub(super) struct Discovery<'a> {
     pub(super) wants: &'a mut mpsc::Receiver<Want>,
     pub(super) waiters: &'a mut Waiters,
     pub(super) saver: &'a mut Saver,
-    pub(super) ready: &'a watch::Sender<bool>,
+    pub(super) readiness: &'a mut Readiness,
+    pub(super) pace: watch::Receiver<u32>,
 }
 
 impl Discovery<'_> {
     /// Follows the control plane until the stream ends.
-    pub(super) async fn follow(self, channel: Channel, uid: &str) -> Lost {
+    pub(super) async fn follow(mut self, channel: Channel, uid: &str) -> Lost {
         let (requests, outgoing) = mpsc::channel(QUEUE);
         let mut stream = Requests { requests, asked: BTreeSet::new(), addresses: BTreeSet::new(), begun: false };
         for kind in [Kind::Mesh, Kind::TrustBundle, Kind::Service] {
@@ -39,27 +41,44 @@ impl Discovery<'_> {
         stream.subscribe(self.view, uid).await;
         stream.subscribe_addresses(self.view, uid).await;
         let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
-        let mut responses = match client.delta_aggregated_resources(ReceiverStream::new(outgoing)).await {
-            Ok(responses) => responses.into_inner(),
-            Err(status) => return Lost::from(status),
+        let opening =
+            client.delta_aggregated_resources(marked(ReceiverStream::new(outgoing), self.readiness.is_ready()));
+        tokio::pin!(opening);
+        let mut responses = loop {
+            // A dropped opening closes the stream; the others are cancel safe.
+            tokio::select! {
+                opened = &mut opening => match opened {
+                    Ok(responses) => break responses.into_inner(),
+                    Err(status) => return Lost::from(status),
+                },
+                Some(want) = self.wants.recv() => self.waiters.add(self.view, want),
+                () = self.readiness.overdue() => self.readiness.settle(self.view.is_ready()),
+            }
         };
         loop {
             // Each arm may be dropped: receiving is cancel safe, and the saver keeps what is due.
             tokio::select! {
                 response = responses.message() => match response {
                     Ok(Some(response)) => {
+                        if self.readiness.is_waiting() && self.view.is_foreign(&response) {
+                            return Lost::Another;
+                        }
+                        // While it waits, only the bundle says whose the rest is.
+                        let told = !self.readiness.is_waiting() || response.type_url == v1::TrustBundle::TYPE_URL;
                         stream.answer(self.view, response).await;
                         self.waiters.tell(self.view);
                         self.saver.note_change();
-                        if self.view.is_ready() && !*self.ready.borrow() {
-                            self.ready.send_replace(true);
+                        if told {
+                            self.readiness.settle(self.view.is_ready());
                         }
                     }
                     Ok(None) => return Lost::Ended,
                     Err(status) => return Lost::from(status),
                 },
                 Some(want) = self.wants.recv() => self.waiters.add(self.view, want),
+                Ok(()) = self.pace.changed() => self.saver.note_change(),
                 () = self.saver.due() => self.saver.save(self.view),
+                () = self.readiness.overdue() => self.readiness.settle(self.view.is_ready()),
             }
             stream.subscribe(self.view, uid).await;
             stream.subscribe_addresses(self.view, uid).await;

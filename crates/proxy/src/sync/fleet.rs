@@ -1,6 +1,6 @@
 //! One registration: the workload, its health, its traffic, and its leaving.
 
-use super::Lost;
+use super::{Lost, marked};
 use crate::control::clients::fleet_client::FleetClient;
 use crate::metrics::Metrics;
 use sheer_core::wire::v1::{self, control_notice, proxy_report};
@@ -63,17 +63,20 @@ pub(super) struct Fleet {
     pub(super) unreachable: mpsc::Receiver<String>,
     pub(super) leaving: watch::Receiver<Leaving>,
     pub(super) standing: watch::Sender<Standing>,
+    /// In what time to come back after a loss, as the control plane said; 0 while it has not.
+    pub(super) pace: watch::Sender<u32>,
     pub(super) metrics: Arc<Metrics>,
 }
 
 impl Fleet {
     /// Registers and reports until the stream ends, which is an error, or everything is said.
-    pub(super) async fn attend(&mut self, channel: Channel) -> Result<(), Lost> {
+    pub(super) async fn attend(&mut self, channel: Channel, serving: bool) -> Result<(), Lost> {
         let (reports, outgoing) = mpsc::channel(QUEUE);
         let mut said = Leaving::No;
         self.register(&reports).await;
         let mut client = FleetClient::new(channel);
-        let mut notices = client.attach(ReceiverStream::new(outgoing)).await.map_err(Lost::from)?.into_inner();
+        let mut notices =
+            client.attach(marked(ReceiverStream::new(outgoing), serving)).await.map_err(Lost::from)?.into_inner();
         let mut tick = tokio::time::interval(REPORT);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // Whatever was reported on a stream before may not have arrived.
@@ -140,6 +143,10 @@ impl Fleet {
                     format!("the control plane refused the registration: {}; {}", refused.reason, refused.mend);
                 tracing::error!("{message}");
                 self.standing.send_replace(Standing::Refused { message });
+            }
+            Some(control_notice::Body::Pace(pace)) => {
+                self.pace
+                    .send_if_modified(|held| std::mem::replace(held, pace.return_within_ms) != pace.return_within_ms);
             }
             // A notice of a later version.
             None => {}

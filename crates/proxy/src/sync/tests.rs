@@ -182,6 +182,20 @@ impl Proxy {
         live.as_ref()?.of_port(80).first().map(|it| it.endpoint.address.port())
     }
 
+    /// Waits until what it has is on disk.
+    async fn is_stored(&self, scene: &Scene) {
+        let held = self.outputs.snapshot.load().services().count();
+        let stored = Directory::open(&scene.directory.path().join("state")).unwrap();
+        let services = |it: &Configuration| {
+            let urls = it.resources.iter().filter_map(|it| it.resource.as_ref()).map(|any| any.type_url.as_str());
+            urls.filter(|url| *url == v1::Service::TYPE_URL).count()
+        };
+        until(|| {
+            Configuration::load(&stored).is_some_and(|it| services(&it) == held && it.resources.len() >= held + 3)
+        })
+        .await;
+    }
+
     async fn is_ready(&mut self) {
         tokio::time::timeout(Duration::from_secs(20), self.ready.wait_for(|it| *it)).await.unwrap().unwrap();
     }
@@ -322,8 +336,10 @@ async fn a_proxy_starts_from_disk_without_a_control_plane() {
     drop(running);
     drop(proxy);
 
+    let begun = Instant::now();
     let mut proxy = scene.proxy();
-    assert!(*proxy.ready.borrow(), "ready at once");
+    proxy.is_ready().await;
+    assert!(begun.elapsed() < Duration::from_millis(500), "ready after {:?}", begun.elapsed());
     assert_eq!(proxy.port_of("api"), Some(4000));
     assert!(matches!(proxy.outputs.zone.load().lookup("api.default.svc.mesh.internal"), Lookup::Found(_)));
     proxy.demand.first_use(&name("api")).await.unwrap();
@@ -341,6 +357,73 @@ async fn a_proxy_starts_from_disk_without_a_control_plane() {
     assert_eq!(first.initial_resource_versions.get("default/api"), Some(&pack(&service("api", 1)).version));
     assert_eq!(first.node.as_ref().map(|it| it.id.as_str()), Some(UID));
     proxy.is_ready().await;
+}
+
+#[tokio::test]
+async fn a_control_plane_that_hangs_keeps_a_restarted_proxy_for_less_than_a_second() {
+    let scene = Scene::new();
+    let running = scene.serve();
+    let mut proxy = scene.proxy();
+    proxy.is_ready().await;
+    proxy.is_stored(&scene).await;
+    drop((running, proxy));
+    // It takes connections, and says nothing.
+    std::fs::remove_file(scene.socket()).unwrap();
+    let _hanging = tokio::net::UnixListener::bind(scene.socket()).unwrap();
+    let begun = Instant::now();
+    let mut proxy = scene.proxy();
+    proxy.is_ready().await;
+    assert!(begun.elapsed() < Duration::from_secs(1), "ready after {:?}", begun.elapsed());
+    assert!(proxy.outputs.snapshot.load().service_named("api").is_some());
+}
+
+#[tokio::test]
+async fn what_another_control_plane_told_is_not_served() {
+    let scene = Scene::new();
+    scene.fake.put(pack(&endpoints("api", 4000)));
+    scene.fake.put(pack(&service("old", 7)));
+    let running = scene.serve();
+    let mut proxy = scene.proxy();
+    proxy.is_ready().await;
+    proxy.demand.first_use(&name("api")).await.unwrap();
+    proxy.is_stored(&scene).await;
+    drop((running, proxy));
+
+    // Its successor of the same name began anew, with roots of its own, and knows nothing of before.
+    let mut anew = Scene::new();
+    anew.fake.put(pack(&endpoints("api", 4001)));
+    let _running = anew.fake.serve(&scene.socket()).1;
+    let mut proxy = scene.proxy();
+    assert!(!*proxy.ready.borrow(), "what is on disk does not count before anybody was asked");
+    proxy.is_ready().await;
+    let snapshot = proxy.outputs.snapshot.load_full();
+    assert!(snapshot.service_named("api").is_some() && snapshot.service_named("old").is_none());
+    assert_ne!(proxy.port_of("api"), Some(4000));
+    proxy.demand.first_use(&name("api")).await.unwrap();
+    assert_eq!(proxy.port_of("api"), Some(4001));
+
+    // A certificate of the one beside the configuration of the other: nobody needs to be asked.
+    drop(proxy);
+    anew.directory = scene.directory;
+    let stored = Directory::open(&anew.directory.path().join("state")).unwrap();
+    let foreign =
+        Configuration { resources: vec![pack(&Fake::new().trust()), pack(&service("old", 7))], ..Default::default() };
+    stored.save(CONFIGURATION, &foreign.encode_to_vec()).unwrap();
+    let proxy = anew.proxy();
+    assert!(proxy.outputs.snapshot.load().service_named("old").is_none());
+}
+
+#[tokio::test]
+async fn how_to_come_back_is_remembered() {
+    let scene = Scene::new();
+    scene.fake.script.lock().return_within_ms = 1234;
+    let running = scene.serve();
+    let mut proxy = scene.proxy();
+    proxy.is_ready().await;
+    proxy.is_stored(&scene).await;
+    drop(running);
+    let stored = Directory::open(&scene.directory.path().join("state")).unwrap();
+    until(|| Configuration::load(&stored).is_some_and(|it| it.return_within_ms == 1234)).await;
 }
 
 #[tokio::test]
@@ -387,17 +470,19 @@ async fn a_proxy_ends_without_a_control_plane() {
 }
 
 #[test]
-fn many_proxies_come_back_one_by_one() {
-    assert!(
-        (0..200).all(|_| pause(0, true) <= AT_ONCE && pause(0, false) <= AT_ONCE),
-        "a control plane waits a second"
-    );
-    let pauses: Vec<Duration> = (0..200).map(|_| pause(1, true)).collect();
-    let (first, last) = (pauses.iter().min().unwrap(), pauses.iter().max().unwrap());
-    assert!(*last - *first > Duration::from_secs(5) && *last <= AFTER_LOSS, "{first:?} to {last:?}");
-    assert!((0..1000).all(|failures| pause(failures, true) <= BETWEEN));
-    assert!((1..1000).all(|failures| pause(failures, false) <= STARTING_LAST));
-    assert!(pause(1, false) <= STARTING_FIRST);
+fn many_proxies_come_back_one_by_one_and_few_at_once() {
+    assert!((0..200).all(|_| pause(0, Some(9000)) <= AT_ONCE && pause(0, None) <= AT_ONCE));
+    for failures in [1, 2, 7, 1000] {
+        let pauses: Vec<Duration> = (0..200).map(|_| pause(failures, Some(9000))).collect();
+        let (first, last) = (pauses.iter().min().unwrap(), pauses.iter().max().unwrap());
+        assert!(*last - *first > Duration::from_secs(5), "{failures}: {first:?} to {last:?}");
+        assert!(*last <= Duration::from_secs(9));
+        // Neither a control plane that says nothing nor one that says too much.
+        assert!((0..200).all(|_| pause(failures, Some(0)) <= BETWEEN && pause(failures, Some(u32::MAX)) <= BETWEEN));
+        assert!((0..200).all(|_| pause(failures, Some(500)) <= AFTER_LOSS_LAST));
+        assert!((0..200).all(|_| pause(failures, None) <= STARTING_LAST));
+    }
+    assert!((0..200).all(|_| pause(1, Some(500)) <= AFTER_LOSS && pause(1, None) <= STARTING_FIRST));
 }
 
 #[test]

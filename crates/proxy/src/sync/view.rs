@@ -79,6 +79,7 @@ pub struct Outputs {
 
 /// All resources. See the module.
 pub(super) struct View {
+    namespace: DnsLabel,
     outputs: Outputs,
     snapshot: Snapshot,
     resources: BTreeMap<(Kind, String), Resource>,
@@ -96,7 +97,8 @@ pub(super) struct View {
 impl View {
     pub(super) fn new(namespace: DnsLabel, outputs: Outputs) -> Self {
         Self {
-            snapshot: Snapshot::new(namespace),
+            snapshot: Snapshot::new(namespace.clone()),
+            namespace,
             resources: BTreeMap::new(),
             absent: BTreeSet::new(),
             wanted: BTreeSet::new(),
@@ -140,7 +142,36 @@ impl View {
         let absent = self.absent.iter().filter(|(kind, _)| is_stored(*kind));
         let absent = absent.map(|(kind, name)| Absent { type_url: kind.type_url().into(), name: name.clone() });
         let resources = self.resources.iter().filter(|((kind, _), _)| is_stored(*kind));
-        Configuration { resources: resources.map(|(_, it)| it.clone()).collect(), absent: absent.collect() }
+        let resources = resources.map(|(_, it)| it.clone()).collect();
+        Configuration { resources, absent: absent.collect(), return_within_ms: 0 }
+    }
+
+    /// Lets go of everything that is held. Services in use are asked for again.
+    pub(super) fn clear(&mut self) {
+        let keys = std::mem::take(&mut self.resources).into_keys().chain(std::mem::take(&mut self.absent));
+        for name in keys.filter(|(kind, _)| *kind == Kind::Endpoints).map(|(_, name)| name) {
+            if let Ok(service) = ServiceName::parse(&name) {
+                self.outputs.endpoints.remove(&service);
+            }
+        }
+        self.addresses.values_mut().for_each(|services| *services = None);
+        self.snapshot = Snapshot::new(self.namespace.clone());
+        self.indexed = false;
+        self.publish(true);
+    }
+
+    /// The trust bundle that is held.
+    pub(super) fn trust(&self) -> Option<v1::TrustBundle> {
+        trust_of(self.resources.iter().filter(|((kind, _), _)| *kind == Kind::TrustBundle).map(|(_, it)| it))
+    }
+
+    /// Whether a response brings a trust bundle that has no root in common with the one held.
+    pub(super) fn is_foreign(&self, response: &DeltaDiscoveryResponse) -> bool {
+        if Kind::of(&response.type_url) != Some(Kind::TrustBundle) {
+            return false;
+        }
+        let (Some(held), Some(told)) = (self.trust(), trust_of(&response.resources)) else { return false };
+        !told.roots.iter().any(|root| held.roots.contains(root))
     }
 
     /// Whether the proxy may serve: mesh, own workload and the index of services are there.
@@ -371,6 +402,11 @@ impl View {
             let _ = self.take(Kind::Endpoints, &resource);
         }
     }
+}
+
+/// The trust bundle among resources.
+pub(super) fn trust_of<'a>(resources: impl IntoIterator<Item = &'a Resource>) -> Option<v1::TrustBundle> {
+    resources.into_iter().find_map(|resource| decode(resource).ok())
 }
 
 fn decode<R: sheer_core::wire::Resource>(resource: &Resource) -> Result<R, Refusal> {
