@@ -61,6 +61,9 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+/// The file in the state directory with the configuration that was last in force.
+const KEPT: &str = "configuration.json";
+
 /// How a control plane is set up.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
@@ -175,7 +178,7 @@ pub struct ControlPlane {
 pub async fn start(options: Options) -> Result<ControlPlane, Error> {
     let clock = options.clock.clone();
     let store = Store::open(&options.state)?;
-    let directory = Directory::new(&options.config);
+    let directory = Directory::keeping(&options.config, Some(options.state.join(KEPT)));
     let compiled = directory.load().unwrap_or_default();
     let trust_domain = compiled.mesh.trust_domain.clone();
     let authority = Arc::new(Authority::open(&options.state, &trust_domain, clock.clone())?);
@@ -287,7 +290,7 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
 pub fn create_token(state: &Path, config: &Path, request: &TokenRequest) -> Result<TokenView, Error> {
     let clock = Clock::default();
     let store = Store::open(state)?;
-    let compiled = Directory::new(config).load().unwrap_or_default();
+    let compiled = Directory::keeping(config, Some(state.join(KEPT))).load().unwrap_or_default();
     let authority = Authority::open(state, &compiled.mesh.trust_domain, clock.clone())?;
     if request.control.is_empty() {
         let what = "name the control plane's address, since it does not run: --advertise HOST:PORT".to_owned();

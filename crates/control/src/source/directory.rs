@@ -2,11 +2,13 @@
 //!
 //! All files compile as one set. A change is taken up after 100 ms of quiet, at the latest 500 ms after its first sign;
 //! should the kernel's notices get lost, a look every two seconds finds it. A set with errors never comes into force: the
-//! one before stays, and its diagnostics are shown.
+//! one before stays, and its diagnostics are shown. It stays over a restart, too: what came into force is kept beside the
+//! state.
 
 use notify::event::{AccessKind, AccessMode, EventKind};
 use notify::{RecursiveMode, Watcher};
 use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
 use sheer_core::compile::{Compiled, Source, compile};
 use sheer_core::diagnostic::{Diagnostic, Severity};
 use std::io;
@@ -30,6 +32,8 @@ pub struct Directory {
     status: Mutex<Status>,
     /// What the last look found.
     seen: Mutex<Option<Content>>,
+    /// Where what came into force is kept.
+    kept: Option<PathBuf>,
     _watcher: Mutex<Option<notify::RecommendedWatcher>>,
 }
 
@@ -44,12 +48,24 @@ pub struct Status {
     pub generation: u64,
 }
 
+/// What is kept of a configuration: the directory that it came from, and its files.
+#[derive(Deserialize, Serialize)]
+struct Kept {
+    directory: PathBuf,
+    files: Vec<(String, String)>,
+}
+
 /// The files, and what could not be read of them.
 type Content = (Vec<Source>, Vec<Diagnostic>);
 
 impl Directory {
     /// Watches a directory. It need not exist: then there is no configuration until it does.
     pub fn new(path: &Path) -> Arc<Self> {
+        Self::keeping(path, None)
+    }
+
+    /// The same, and keeps what came into force in this file.
+    pub fn keeping(path: &Path, kept: Option<PathBuf>) -> Arc<Self> {
         let changed = Arc::new(Notify::new());
         let wake = changed.clone();
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
@@ -69,6 +85,7 @@ impl Directory {
             changed,
             status: Mutex::default(),
             seen: Mutex::default(),
+            kept,
             _watcher: Mutex::new(watcher),
         })
     }
@@ -96,18 +113,51 @@ impl Directory {
         Ok(self.scan()?.0)
     }
 
-    /// Reads and compiles; `None` when there is nothing that could come into force.
+    /// Reads and compiles. Where that cannot come into force, what last did so; `None` when there never was any.
     pub fn load(&self) -> Option<Compiled> {
         self.watch();
-        match self.scan() {
+        let compiled = match self.scan() {
             Ok(content) => {
                 *self.seen.lock() = Some(content.clone());
-                self.judge(content.0, content.1)
+                let (sources, refused) = content;
+                let compiled = self.judge(&sources, refused);
+                if compiled.is_some() {
+                    self.keep(&sources);
+                }
+                compiled
             }
             Err(error) => {
                 self.unreadable(&error);
                 None
             }
+        };
+        compiled.or_else(|| self.last_good())
+    }
+
+    /// What was in force before the start.
+    fn last_good(&self) -> Option<Compiled> {
+        let content = std::fs::read(self.kept.as_ref()?).ok()?;
+        let Kept { directory, files } = serde_json::from_slice(&content).ok()?;
+        if directory != self.path {
+            return None;
+        }
+        let files: Vec<Source> = files.into_iter().map(|(file, text)| Source { file, text }).collect();
+        let compiled = compile(&files);
+        if compiled.diagnostics.iter().any(Diagnostic::is_error) {
+            return None;
+        }
+        tracing::warn!(files = files.len(), "the configuration that was in force before the start stays in force");
+        Some(compiled)
+    }
+
+    /// Keeps what came into force for the next start.
+    fn keep(&self, sources: &[Source]) {
+        let Some(path) = &self.kept else { return };
+        let files = sources.iter().map(|it| (it.file.clone(), it.text.clone())).collect();
+        let kept = Kept { directory: self.path.clone(), files };
+        let written = serde_json::to_vec(&kept).map_err(io::Error::other);
+        if let Err(error) = written.and_then(|content| crate::file::replace(path, 0o600, &content)) {
+            tracing::warn!(path = %path.display(), %error, "what is in force could not be kept for the next start");
         }
     }
 
@@ -134,8 +184,10 @@ impl Directory {
                     return;
                 }
                 *seen = Some(content.clone());
-                if let Some(compiled) = self.judge(content.0, content.1) {
+                let (sources, refused) = content;
+                if let Some(compiled) = self.judge(&sources, refused) {
                     apply(compiled);
+                    self.keep(&sources);
                 }
             }
             Err(error) => self.unreadable(&error),
@@ -151,8 +203,8 @@ impl Directory {
         }
     }
 
-    fn judge(&self, sources: Vec<Source>, refused: Vec<Diagnostic>) -> Option<Compiled> {
-        let mut compiled = compile(&sources);
+    fn judge(&self, sources: &[Source], refused: Vec<Diagnostic>) -> Option<Compiled> {
+        let mut compiled = compile(sources);
         compiled.diagnostics.extend(refused);
         compiled.diagnostics.sort();
         let errors = compiled.diagnostics.iter().filter(|it| it.is_error()).count();

@@ -51,6 +51,29 @@ async fn a_wrong_file_leaves_the_old_configuration() {
 }
 
 #[tokio::test]
+async fn what_was_in_force_stays_so_over_a_restart() {
+    let domain =
+        "apiVersion: sheer.dev/v1alpha1\nkind: Mesh\nmetadata: {name: mesh}\nspec: {trustDomain: prod.internal}\n";
+    let mesh = Fixture::with_config(&[("web.yaml", &service("web", 80)), ("mesh.yaml", domain)]).await;
+    let config = mesh.directory.path().join("config");
+    std::fs::write(config.join("web.yaml"), service("web", 81).replace("ports", "prots")).unwrap();
+    let port = |it: &Discovery| it.get::<v1::Service>("default/web").map(|it| it.ports[0].port);
+    let mesh = mesh.restart().await;
+    assert!(mesh.plane.control().configuration().diagnostics.iter().any(|it| it.is_error()));
+    index(&mesh).await.until("the old service", |it| port(it) == Some(80)).await;
+    std::fs::rename(&config, mesh.directory.path().join("away")).unwrap();
+    let mesh = mesh.restart().await;
+    assert!(mesh.plane.control().configuration().unreadable.is_some());
+    let mut proxy = index(&mesh).await;
+    proxy.until("the old service", |it| port(it) == Some(80)).await;
+    // An empty directory is a configuration: nothing.
+    std::fs::create_dir(&config).unwrap();
+    proxy.until("nothing is written", |it| port(it).is_none()).await;
+    let mesh = mesh.restart().await;
+    assert!(mesh.plane.control().configuration().diagnostics.is_empty());
+}
+
+#[tokio::test]
 async fn a_stream_resumes_with_what_it_has() {
     let files = [("a.yaml", service("a", 80)), ("b.yaml", service("b", 80)), ("c.yaml", service("c", 80))];
     let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (*name, text.as_str())).collect();
