@@ -117,7 +117,23 @@ impl<'a> Cursor<'a> {
             Value::Map(_) => "a map".to_owned(),
             Value::Scalar { text, plain } => format!("{} '{}'", scalar_type(text, *plain), clip(text)),
         };
-        self.error(format!("expected {expected}, found {found}"));
+        self.error_help(format!("expected {expected}, found {found}"), self.right_type(expected));
+    }
+
+    /// How to write what was expected, from what is there.
+    fn right_type(&self, expected: &str) -> String {
+        match (expected, &self.node.value) {
+            ("a list", Value::Scalar { text, plain: true }) => format!("write [{}]", clip(text)),
+            ("a list", Value::Scalar { text, plain: false }) => format!("write [\"{}\"]", clip(text)),
+            ("a list", _) => "begin each item with '- '".to_owned(),
+            ("a map", _) => "write its fields below it, each as 'name: value'".to_owned(),
+            ("a number", Value::Scalar { text, plain: false }) if text.parse::<i64>().is_ok() => {
+                format!("write {} without quotes", clip(text))
+            }
+            ("a number", _) => "write a whole number in digits".to_owned(),
+            ("a text", _) => "write one text".to_owned(),
+            _ => format!("write {expected}"),
+        }
     }
 
     /// A text. Numbers and booleans must be quoted, as in a cluster.
