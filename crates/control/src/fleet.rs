@@ -471,8 +471,32 @@ impl Fleet {
         }
     }
 
+    /// Stores all that is held anew, after something could not be written.
+    fn store_again(&self, control: &Control) {
+        let stored: Vec<(String, Option<Stored>)> = {
+            let members = self.members.lock();
+            let kept = |member: &Member| (member.phase != Phase::Gone).then(|| member.stored.clone());
+            members.iter().map(|(uid, member)| (uid.clone(), kept(member))).collect()
+        };
+        let addresses = control.state.look(|_, _, book| book.assigned());
+        control.store.write_later(move |transaction| {
+            for (uid, stored) in &stored {
+                match stored {
+                    Some(stored) => transaction.put(Table::Registrations, uid, stored)?,
+                    None => transaction.remove(Table::Registrations, uid)?,
+                }
+            }
+            addresses.iter().try_for_each(|(service, addresses)| {
+                transaction.put(Table::VirtualIps, &service.to_string(), addresses)
+            })
+        });
+    }
+
     /// What time alone decides: called every second.
     pub fn tend(&self, control: &Control) {
+        if control.store.take_lost() {
+            self.store_again(control);
+        }
         let mut forgotten = Vec::new();
         {
             let mut members = self.members.lock();

@@ -43,6 +43,13 @@ impl Book {
     }
 }
 
+impl Book {
+    /// Every address that was given.
+    pub fn assigned(&self) -> Assigned {
+        self.addresses.iter().map(|(service, addresses)| (service.clone(), addresses.clone())).collect()
+    }
+}
+
 impl Records for Book {
     fn virtual_ips(&self, service: &ServiceName) -> Vec<IpAddr> {
         self.addresses.get(service).cloned().unwrap_or_default()

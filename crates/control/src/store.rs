@@ -3,7 +3,11 @@
 //! All writes go through one thread, which puts those that wait at the same moment into one transaction, so that 200
 //! joins cost a handful of disk flushes. A write is acknowledged when it is on the disk. The file's revision grows with
 //! each transaction.
+//!
+//! A transaction that fails, as on a full disk, fails those who wait for it and nobody else: the library does not go on
+//! with a file after an error of the disk, so the file is opened again, at once and at every further write until it can be.
 
+use parking_lot::{Mutex, RwLock};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -11,7 +15,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
@@ -126,7 +130,8 @@ const FORMAT: u32 = 1;
 pub type Records = Vec<(String, Vec<u8>)>;
 
 type Completion = Box<dyn FnOnce(Result<(), String>) + Send>;
-type Job = Box<dyn FnOnce(&Transaction<'_>) -> Completion + Send>;
+/// A change, which is told when there is no transaction for it.
+type Job = Box<dyn FnOnce(Result<&Transaction<'_>, &str>) -> Completion + Send>;
 
 /// Jobs that may wait for the disk: as many as a herd of 200 proxies sends in its first seconds, and some.
 const QUEUE: usize = 1024;
@@ -137,10 +142,40 @@ const BATCH: usize = 256;
 /// The open store. Clones share it.
 #[derive(Clone)]
 pub struct Store {
-    db: Arc<Database>,
+    file: Arc<StateFile>,
     jobs: mpsc::Sender<Job>,
     revision: Arc<AtomicU64>,
     epoch: u64,
+}
+
+/// The file, and how it is doing.
+struct StateFile {
+    path: PathBuf,
+    /// None while it cannot be opened again after an error.
+    db: RwLock<Option<Database>>,
+    /// Why the last write failed.
+    trouble: Mutex<Option<String>>,
+    /// Something that nobody waited for was not written.
+    lost: AtomicBool,
+}
+
+impl StateFile {
+    fn read<T>(&self, read: impl FnOnce(&redb::ReadTransaction) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        // Held while it is read: the file can only be opened again when nobody has it open.
+        let db = self.db.read();
+        match &*db {
+            Some(db) => read(&db.begin_read().map_err(write_error)?),
+            None => Err(StoreError::Write(self.trouble.lock().clone().unwrap_or_default())),
+        }
+    }
+
+    /// Opens it again after an error.
+    fn reopen(&self) -> Result<(), StoreError> {
+        let mut db = self.db.write();
+        *db = None;
+        *db = Some(patiently(|| open(&self.path, false))?);
+        Ok(())
+    }
 }
 
 impl Store {
@@ -155,18 +190,7 @@ impl Store {
         };
         crate::file::private_directory(directory).map_err(io(directory))?;
         let path = directory.join("sheer.redb");
-        let db = patiently(|| {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(&path)
-                .map_err(io(&path))?;
-            open_verified(&path, file)
-        })?;
-        let store = Self::start(db);
+        let store = Self::start(path.clone(), patiently(|| open(&path, true))?);
         let meta = |key: &str| store.read::<u64>(Table::Meta, key);
         let (format, revision, epoch) = (meta("format")?, meta("revision")?, meta("epoch")?);
         if let Some(found) = format.filter(|found| *found != u64::from(FORMAT)) {
@@ -184,13 +208,24 @@ impl Store {
         Ok(store)
     }
 
-    fn start(db: Database) -> Self {
-        let db = Arc::new(db);
+    fn start(path: PathBuf, db: Database) -> Self {
+        let db = RwLock::new(Some(db));
+        let file = Arc::new(StateFile { path, db, trouble: Mutex::default(), lost: AtomicBool::new(false) });
         let revision = Arc::new(AtomicU64::new(0));
         let (jobs, waiting) = mpsc::channel(QUEUE);
-        let writer = Writer { db: db.clone(), revision: revision.clone(), waiting };
+        let writer = Writer { file: file.clone(), revision: revision.clone(), waiting };
         std::thread::spawn(move || writer.run());
-        Self { db, jobs, revision, epoch: 1 }
+        Self { file, jobs, revision, epoch: 1 }
+    }
+
+    /// Why the last write failed, while none has succeeded since.
+    pub fn trouble(&self) -> Option<String> {
+        self.file.trouble.lock().clone()
+    }
+
+    /// Whether something that [`Store::write_later`] took was not written; asked once.
+    pub fn take_lost(&self) -> bool {
+        self.file.lost.swap(false, Ordering::AcqRel)
     }
 
     /// How often the file was written.
@@ -208,14 +243,15 @@ impl Store {
     /// # Errors
     /// When the file cannot be read or the record is not of this type.
     pub fn read<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
-        let transaction = self.db.begin_read().map_err(write_error)?;
-        let opened = match transaction.open_table(table.definition()) {
-            Ok(opened) => opened,
-            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
-            Err(error) => return Err(write_error(error)),
-        };
-        let found = opened.get(key).map_err(write_error)?;
-        found.map(|value| decode(table, key, value.value())).transpose()
+        self.file.read(|transaction| {
+            let opened = match transaction.open_table(table.definition()) {
+                Ok(opened) => opened,
+                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+                Err(error) => return Err(write_error(error)),
+            };
+            let found = opened.get(key).map_err(write_error)?;
+            found.map(|value| decode(table, key, value.value())).transpose()
+        })
     }
 
     /// All records of a table, ordered by key.
@@ -227,8 +263,7 @@ impl Store {
     }
 
     fn raw(&self, table: Table) -> Result<Records, StoreError> {
-        let transaction = self.db.begin_read().map_err(write_error)?;
-        raw_of(&transaction, table)
+        self.file.read(|transaction| raw_of(transaction, table))
     }
 
     /// All tables as of one moment.
@@ -236,8 +271,8 @@ impl Store {
     /// # Errors
     /// When the file cannot be read.
     pub fn image(&self) -> Result<Vec<(Table, Records)>, StoreError> {
-        let transaction = self.db.begin_read().map_err(write_error)?;
-        Table::ALL.into_iter().map(|table| Ok((table, raw_of(&transaction, table)?))).collect()
+        self.file
+            .read(|transaction| Table::ALL.into_iter().map(|table| Ok((table, raw_of(transaction, table)?))).collect())
     }
 
     /// Runs `change` and returns when what it wrote is on the disk. `change` must check before it writes: when it
@@ -289,14 +324,21 @@ impl Store {
         }
     }
 
-    /// Queues a write whose success nobody waits for; a failure is logged. For state that the next report repeats.
+    /// Queues a write whose success nobody waits for. A failure is remembered for [`Store::take_lost`].
     pub fn write_later(&self, change: impl FnOnce(&Transaction<'_>) -> Result<(), StoreError> + Send + 'static) {
-        let (job, answer) = job(change);
+        let file = self.file.clone();
+        let job: Job = Box::new(move |transaction| {
+            let changed = transaction.is_ok_and(|transaction| change(transaction).is_ok());
+            Box::new(move |committed| {
+                if !changed || committed.is_err() {
+                    file.lost.store(true, Ordering::Release);
+                }
+            })
+        });
         if self.jobs.try_send(job).is_err() {
-            tracing::warn!("the state's write queue is full; a registration was not recorded");
-            return;
+            self.file.lost.store(true, Ordering::Release);
+            tracing::warn!("the state's write queue is full; what was to be written is written later");
         }
-        drop(answer);
     }
 }
 
@@ -309,13 +351,16 @@ where
 {
     let (tell, answer) = oneshot::channel();
     let job: Job = Box::new(move |transaction| {
-        let result = change(transaction);
+        let result = match transaction {
+            Ok(transaction) => change(transaction),
+            Err(reason) => Err(StoreError::Write(reason.to_owned()).into()),
+        };
         Box::new(move |committed| {
             let result = match committed {
                 Ok(()) => result,
                 Err(reason) => Err(StoreError::Write(reason).into()),
             };
-            // Nobody may be waiting any more: write_later, or a dropped call.
+            // Nobody may be waiting any more: a dropped call.
             let _ = tell.send(result);
         })
     });
@@ -358,6 +403,14 @@ fn patiently(open: impl Fn() -> Result<Database, StoreError>) -> Result<Database
         }
         tries += 1;
     }
+}
+
+/// Opens the file; makes it where it is missing and that is allowed.
+fn open(path: &Path, create: bool) -> Result<Database, StoreError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(create).truncate(false).mode(0o600);
+    let file = options.open(path).map_err(|source| StoreError::Io { path: path.to_owned(), source })?;
+    open_verified(path, file)
 }
 
 /// Opens the file and verifies all of its checksums: a damaged file is refused before anything is served from it.
@@ -427,7 +480,7 @@ impl Transaction<'_> {
 }
 
 struct Writer {
-    db: Arc<Database>,
+    file: Arc<StateFile>,
     revision: Arc<AtomicU64>,
     waiting: mpsc::Receiver<Job>,
 }
@@ -437,9 +490,15 @@ impl Writer {
         let mut jobs = Vec::new();
         while self.waiting.blocking_recv_many(&mut jobs, BATCH) > 0 {
             let mut completions = Vec::with_capacity(jobs.len());
-            let committed = self.commit(jobs.drain(..), &mut completions).map_err(|error| error.to_string());
+            let committed = self.commit(&mut jobs, &mut completions);
+            self.note(committed.as_ref().err());
             if let Err(reason) = &committed {
-                tracing::error!(%reason, "the state could not be written");
+                // Those for whom there was no transaction.
+                completions.extend(jobs.drain(..).map(|job| job(Err(reason))));
+                // So that others can read, and the next write finds a file to write to.
+                if let Err(error) = self.file.reopen() {
+                    tracing::debug!(%error, "the state file cannot be opened again yet");
+                }
             }
             for completion in completions {
                 completion(committed.clone());
@@ -447,17 +506,34 @@ impl Writer {
         }
     }
 
-    fn commit(&self, jobs: impl Iterator<Item = Job>, completions: &mut Vec<Completion>) -> Result<(), redb::Error> {
-        let transaction = self.db.begin_write()?;
+    /// Tells when it begins to fail, and when it succeeds again.
+    fn note(&self, reason: Option<&String>) {
+        let before = std::mem::replace(&mut *self.file.trouble.lock(), reason.cloned());
+        match (before, reason) {
+            (None, Some(reason)) => tracing::error!(
+                path = %self.file.path.display(), %reason,
+                "the state cannot be written: nobody can join until there is room; what is delivered goes on"
+            ),
+            (Some(_), None) => tracing::info!("the state can be written again"),
+            (None, None) | (Some(_), Some(_)) => {}
+        }
+    }
+
+    fn commit(&self, jobs: &mut Vec<Job>, completions: &mut Vec<Completion>) -> Result<(), String> {
+        let said = |error: &dyn std::fmt::Display| error.to_string();
+        if self.file.db.read().is_none() {
+            self.file.reopen().map_err(|error| said(&error))?;
+        }
+        let db = self.file.db.read();
+        let db = db.as_ref().ok_or("the state file is not open")?;
+        let transaction = db.begin_write().map_err(|error| said(&error))?;
         let view = Transaction { inner: &transaction };
-        for job in jobs {
-            completions.push(job(&view));
+        for job in jobs.drain(..) {
+            completions.push(job(Ok(&view)));
         }
         let revision = self.revision.load(Ordering::Acquire) + 1;
-        if let Err(error) = view.put(Table::Meta, "revision", &revision) {
-            tracing::error!(%error, "the state's revision could not be written");
-        }
-        transaction.commit()?;
+        view.put(Table::Meta, "revision", &revision).map_err(|error| said(&error))?;
+        transaction.commit().map_err(|error| said(&error))?;
         self.revision.store(revision, Ordering::Release);
         Ok(())
     }
@@ -469,7 +545,7 @@ mod tests {
 
     fn open_file(directory: &Path) -> Result<Database, StoreError> {
         let path = directory.join("sheer.redb");
-        open_verified(&path, OpenOptions::new().read(true).write(true).open(&path).unwrap())
+        open(&path, false)
     }
 
     #[test]
