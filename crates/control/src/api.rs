@@ -240,7 +240,8 @@ fn documented(refusal: documents::Refusal) -> Refused {
 async fn apply(State(api): State<Api>, bytes: bytes::Bytes) -> Response {
     answer(async {
         let request: Apply = body(&bytes)?;
-        let applied = api.control.change_documents(|root, sources| documents::apply(root, sources, &request));
+        let applied =
+            api.control.change_documents(|root, sources, named| documents::apply(root, sources, &request, named));
         Ok(Json(applied.map_err(documented)?).into_response())
     })
     .await
@@ -254,7 +255,8 @@ async fn remove(State(api): State<Api>, Path((kind, namespace, name)): Path<(Str
         let namespace = if namespace == "-" { DEFAULT_NAMESPACE } else { &namespace };
         let label = |text: &str| DnsLabel::parse(text).map_err(|error| wrong(error.to_string(), String::new()));
         let name = ServiceName { namespace: label(namespace)?, name: label(&name)? };
-        let applied = api.control.change_documents(|root, sources| documents::delete(root, sources, kind, &name));
+        let applied =
+            api.control.change_documents(|root, sources, named| documents::delete(root, sources, kind, &name, named));
         Ok(Json(applied.map_err(documented)?).into_response())
     })
     .await

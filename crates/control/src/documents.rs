@@ -47,7 +47,7 @@ impl Refusal {
 ///
 /// # Errors
 /// When a document is wrong, an object belongs to a hand-written file, or the directory cannot be written.
-pub fn apply(root: &Path, current: &[Source], request: &Apply) -> Result<Applied, Refusal> {
+pub fn apply(root: &Path, current: &[Source], request: &Apply, named: &BTreeSet<String>) -> Result<Applied, Refusal> {
     let sent: Vec<Source> = request
         .files
         .iter()
@@ -70,7 +70,7 @@ pub fn apply(root: &Path, current: &[Source], request: &Apply) -> Result<Applied
     } else {
         kept.chain(&sent).cloned().collect()
     };
-    let warnings = judge(&before, &[&incoming, &compile(&merged)])?;
+    let warnings = judge(&before, &[&incoming, &compile(&merged)], named)?;
     if plan.is_empty() && warnings.is_empty() {
         return Err(Refusal::new(422, "there is no object in what was sent".into(), "send at least one document"));
     }
@@ -86,7 +86,13 @@ pub fn apply(root: &Path, current: &[Source], request: &Apply) -> Result<Applied
 ///
 /// # Errors
 /// When there is none, when it is in a hand-written file, or when another object needs it.
-pub fn delete(root: &Path, current: &[Source], kind: Kind, name: &ServiceName) -> Result<Applied, Refusal> {
+pub fn delete(
+    root: &Path,
+    current: &[Source],
+    kind: Kind,
+    name: &ServiceName,
+    named: &BTreeSet<String>,
+) -> Result<Applied, Refusal> {
     let before = compile(current);
     let Some(object) = before.objects.iter().find(|object| object.kind == kind && object.name == *name) else {
         let error = format!("there is no written {kind} '{name}'");
@@ -101,7 +107,7 @@ pub fn delete(root: &Path, current: &[Source], kind: Kind, name: &ServiceName) -
         return Err(by_hand(&before, object));
     }
     let rest: Vec<Source> = current.iter().filter(|source| source.file != file).cloned().collect();
-    let warnings = judge(&before, &[&compile(&rest)])?;
+    let warnings = judge(&before, &[&compile(&rest)], named)?;
     let path = root.join(&file);
     fs::remove_file(&path).and_then(|()| sync(path.parent())).map_err(|error| Refusal::io(&path, &error))?;
     let change = Change { action: Action::Deleted, before: object.text.clone(), ..change(object, file) };
@@ -138,8 +144,9 @@ pub fn place(diagnostic: &Diagnostic) -> Place {
     }
 }
 
-/// Refuses when a set has errors that the configuration did not have before; returns what else is to be told.
-fn judge(before: &Compiled, after: &[&Compiled]) -> Result<Vec<Place>, Refusal> {
+/// Refuses when a set has errors that the configuration did not have before; returns what else is to be told. A service
+/// that is `named` by a workload is not missing.
+fn judge(before: &Compiled, after: &[&Compiled], named: &BTreeSet<String>) -> Result<Vec<Place>, Refusal> {
     let known: BTreeSet<&Diagnostic> = before.diagnostics.iter().collect();
     // Sent documents alone lack what they refer to, so that warnings are taken from the whole set, the last.
     let whole = after.len() - 1;
@@ -147,7 +154,7 @@ fn judge(before: &Compiled, after: &[&Compiled]) -> Result<Vec<Place>, Refusal> 
         .iter()
         .enumerate()
         .flat_map(|(at, set)| set.diagnostics.iter().filter(move |it| at == whole || it.is_error()))
-        .filter(|it| !known.contains(it))
+        .filter(|it| !known.contains(it) && it.awaits.as_ref().is_none_or(|service| !named.contains(service)))
         .collect();
     let errors: Vec<Place> = fresh.iter().filter(|it| it.is_error()).map(|it| place(it)).collect();
     if !errors.is_empty() {
@@ -298,11 +305,11 @@ mod tests {
 
         fn apply(&self, text: &str, dry_run: bool) -> Result<Applied, Refusal> {
             let files = vec![SourceFile { name: "sent.yaml".into(), text: text.into() }];
-            apply(self.0.path(), &self.sources(), &Apply { files, dry_run })
+            apply(self.0.path(), &self.sources(), &Apply { files, dry_run }, &BTreeSet::new())
         }
 
         fn delete(&self, kind: Kind, name: &str) -> Result<Applied, Refusal> {
-            delete(self.0.path(), &self.sources(), kind, &ServiceName::parse(name).unwrap())
+            delete(self.0.path(), &self.sources(), kind, &ServiceName::parse(name).unwrap(), &BTreeSet::new())
         }
 
         fn files(&self) -> Vec<String> {
@@ -379,6 +386,7 @@ mod tests {
             dir.0.path(),
             &[],
             &Apply { files: vec![SourceFile { name: "-".into(), text: service("a", 80) }], dry_run: false },
+            &BTreeSet::new(),
         );
         let refusal = refusal.unwrap_err();
         assert_eq!(refusal.status, 500);

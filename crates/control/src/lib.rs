@@ -46,6 +46,7 @@ use sheer_core::name::ServiceName;
 use sheer_core::wire::v1::TrustBundle;
 use source::directory::Directory;
 use state::{Assigned, Book, State};
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
@@ -476,8 +477,10 @@ impl Control {
     /// # Errors
     /// When something cannot be read.
     pub async fn backup(&self) -> Result<Vec<u8>, BackupError> {
-        // What is queued is written first.
-        self.store.write::<_, StoreError>(|_| Ok(())).await?;
+        // What is queued is written first. A full disk is a reason to take a backup to another one.
+        if let Err(error) = self.store.write::<_, StoreError>(|_| Ok(())).await {
+            tracing::warn!(%error, "the backup holds what was written before");
+        }
         let config = match self.directory.read() {
             Ok(sources) => sources,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
@@ -489,12 +492,18 @@ impl Control {
     /// Changes documents of the directory and brings the result into force before it returns.
     fn change_documents(
         &self,
-        change: impl FnOnce(&Path, &[Source]) -> Result<Applied, documents::Refusal>,
+        change: impl FnOnce(&Path, &[Source], &BTreeSet<String>) -> Result<Applied, documents::Refusal>,
     ) -> Result<Applied, documents::Refusal> {
         let sources = self.directory.read().unwrap_or_default();
-        let applied = change(self.directory.path(), &sources)?;
+        let applied = change(self.directory.path(), &sources, &self.named_services())?;
         self.directory.refresh(&|compiled| self.reconfigure(compiled));
         Ok(applied)
+    }
+
+    /// Services that are written or that a workload names.
+    fn named_services(&self) -> BTreeSet<String> {
+        let named = self.state.look(|compiled, fleet, _| sheer_core::compile::service_names(compiled, fleet));
+        named.iter().map(ToString::to_string).collect()
     }
 
     /// How the configuration directory is doing.

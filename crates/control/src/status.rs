@@ -8,6 +8,7 @@ use sheer_core::api::{
     WorkloadView,
 };
 use sheer_core::compile::{allowed_accounts, endpoints_of, service_names, service_of};
+use sheer_core::diagnostic::Diagnostic;
 use sheer_core::name::ServiceName;
 use sheer_core::wire::v1::{Health, Protocol};
 use std::collections::{BTreeMap, BTreeSet};
@@ -125,6 +126,7 @@ pub fn stat(control: &Control, namespace: Option<&str>, window_s: u64) -> Stat {
 pub fn check(control: &Control) -> Check {
     let workloads = control.workloads();
     let mut findings = configuration(control);
+    findings.extend(state(control));
     findings.extend(authority(control));
     findings.extend(certificates(control, &workloads));
     findings.extend(proxies(&workloads));
@@ -138,6 +140,15 @@ pub fn check(control: &Control) -> Check {
 
 fn finding(level: Level, topic: &str, subject: impl Into<String>, what: impl Into<String>) -> Finding {
     Finding { level, topic: topic.to_owned(), subject: subject.into(), what: what.into(), ..Finding::default() }
+}
+
+fn state(control: &Control) -> Option<Finding> {
+    let reason = control.store.trouble()?;
+    let path = control.state_directory.display().to_string();
+    Some(Finding {
+        mend: "make room on that disk, or mend it; nobody can join until then, what is delivered goes on".to_owned(),
+        ..finding(Level::Error, "store", path, format!("the state cannot be written: {reason}"))
+    })
 }
 
 fn configuration(control: &Control) -> Vec<Finding> {
@@ -164,7 +175,9 @@ fn configuration(control: &Control) -> Vec<Finding> {
             )
         });
     }
-    for diagnostic in &status.diagnostics {
+    let named = control.named_services();
+    let void = |it: &&Diagnostic| it.awaits.as_ref().is_some_and(|service| named.contains(service));
+    for diagnostic in status.diagnostics.iter().filter(|it| !void(it)) {
         let place = documents::place(diagnostic);
         let stays = "no file of the directory is taken while one has errors: the configuration before stays in force";
         findings.push(Finding {

@@ -32,6 +32,9 @@ pub struct Diagnostic {
     /// How to mend it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub help: Option<String>,
+    /// The service, `NAMESPACE/NAME`, that no document writes: the finding is void while a workload names it.
+    #[serde(skip)]
+    pub awaits: Option<String>,
 }
 
 impl Diagnostic {
@@ -77,6 +80,7 @@ mod tests {
             path: "spec.ports[0].port".into(),
             message: "99999 is no port".into(),
             help: Some("write 1 to 65535".into()),
+            awaits: None,
         };
         assert_eq!(
             diagnostic.to_string(),

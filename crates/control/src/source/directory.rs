@@ -14,6 +14,7 @@ use sheer_core::diagnostic::{Diagnostic, Severity};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
@@ -34,6 +35,8 @@ pub struct Directory {
     seen: Mutex<Option<Content>>,
     /// Where what came into force is kept.
     kept: Option<PathBuf>,
+    /// It could not be.
+    unkept: AtomicBool,
     _watcher: Mutex<Option<notify::RecommendedWatcher>>,
 }
 
@@ -86,6 +89,7 @@ impl Directory {
             status: Mutex::default(),
             seen: Mutex::default(),
             kept,
+            unkept: AtomicBool::new(false),
             _watcher: Mutex::new(watcher),
         })
     }
@@ -156,8 +160,12 @@ impl Directory {
         let files = sources.iter().map(|it| (it.file.clone(), it.text.clone())).collect();
         let kept = Kept { directory: self.path.clone(), files };
         let written = serde_json::to_vec(&kept).map_err(io::Error::other);
-        if let Err(error) = written.and_then(|content| crate::file::replace(path, 0o600, &content)) {
-            tracing::warn!(path = %path.display(), %error, "what is in force could not be kept for the next start");
+        let written = written.and_then(|content| crate::file::replace(path, 0o600, &content));
+        let failed_before = self.unkept.swap(written.is_err(), Ordering::Relaxed);
+        if let Err(error) = written
+            && !failed_before
+        {
+            tracing::warn!(path = %path.display(), %error, "what is in force cannot be kept for the next start yet");
         }
     }
 
@@ -181,6 +189,11 @@ impl Directory {
             Ok(content) => {
                 let again = self.status.lock().unreadable.take().is_some();
                 if seen.as_ref() == Some(&content) && !again {
+                    let in_force =
+                        content.1.is_empty() && !self.status.lock().diagnostics.iter().any(Diagnostic::is_error);
+                    if in_force && self.unkept.load(Ordering::Relaxed) {
+                        self.keep(&content.0);
+                    }
                     return;
                 }
                 *seen = Some(content.clone());
@@ -278,6 +291,7 @@ impl Directory {
                         path: String::new(),
                         message: reason,
                         help: Some("mend the file, or move it out of the directory".to_owned()),
+                        awaits: None,
                     }),
                 }
             }

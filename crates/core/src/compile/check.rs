@@ -59,6 +59,7 @@ fn finding<T>(
         path: at.path.clone(),
         message,
         help: Some(help.into()),
+        awaits: None,
     }
 }
 
@@ -217,7 +218,8 @@ impl Set {
             ),
             _ => return None,
         };
-        Some(finding(Severity::Warning, &route.meta, parent, message, help))
+        let found = finding(Severity::Warning, &route.meta, parent, message, help);
+        Some(self.awaiting(service, found))
     }
 
     fn check_backend(&self, route: &HttpRoute, backend: &Located<BackendRef>) -> Option<Diagnostic> {
@@ -239,7 +241,14 @@ impl Set {
             }
             Some(_) => return None,
         };
-        Some(finding(Severity::Warning, &route.meta, backend, message, help))
+        let found = finding(Severity::Warning, &route.meta, backend, message, help);
+        Some(self.awaiting(service, found))
+    }
+
+    /// A finding about a service that is void once a workload names it, where no document writes it.
+    fn awaiting(&self, service: &ServiceName, found: Diagnostic) -> Diagnostic {
+        let awaits = (!self.compiled.services.contains_key(service)).then(|| service.to_string());
+        Diagnostic { awaits, ..found }
     }
 
     /// Whether a service is written in a document that has errors.

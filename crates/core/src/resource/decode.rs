@@ -54,7 +54,7 @@ impl Report {
             return;
         }
         let (file, path) = (self.file.to_string(), path.to_owned());
-        found.push(Diagnostic { file, line, column, severity, path, message, help });
+        found.push(Diagnostic { file, line, column, severity, path, message, help, awaits: None });
     }
 }
 

@@ -87,6 +87,7 @@ impl Failure {
             path: String::new(),
             message: self.message,
             help: self.help.map(str::to_owned),
+            awaits: None,
         }
     }
 
