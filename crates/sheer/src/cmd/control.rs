@@ -146,13 +146,13 @@ impl Place {
                 dirs.api_socket().display()
             );
         }
-        dirs::make(&dirs.config, 0o755).context("name another with --config")?;
-        dirs::make_private(&dirs.state).context("name another with --state")?;
+        dirs::make(&dirs.config, 0o755).context("the directory of --config cannot be used")?;
+        dirs::make_private(&dirs.state).context("the directory of --state cannot be used")?;
         // Every user of the host may talk to a control plane of root; it asks the kernel who they are.
         if nix::unistd::geteuid().is_root() {
-            dirs::make(&dirs.runtime, 0o755).context("name another with --sockets")?;
+            dirs::make(&dirs.runtime, 0o755).context("the directory of --sockets cannot be used")?;
         } else {
-            dirs::make_private(&dirs.runtime).context("name another with --sockets")?;
+            dirs::make_private(&dirs.runtime).context("the directory of --sockets cannot be used")?;
         }
         Ok(Options {
             config: dirs.config,
