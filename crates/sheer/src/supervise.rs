@@ -269,10 +269,11 @@ impl Supervisor {
         for message in self.proxy.read() {
             match message {
                 ToSupervisor::Ready if self.phase == Phase::Starting => {
-                    say(&self.announcement);
+                    // Ready is what captures too.
                     if let Some(adopted) = &mut self.adopted {
                         adopted.begin()?;
                     }
+                    say(&self.announcement);
                     if self.has_command {
                         keeper::tell(self.link.as_fd(), &ToKeeper::Start, &[])?;
                     } else if let Some(notify) = &self.notify {

@@ -97,9 +97,11 @@ impl Owner<'_> {
             "netns list",
         ] {
             let told = run(self.host.command("ip").args(question.split(' ')))?;
-            found.network.extend(told.lines().map(str::to_owned));
+            // The link's own addresses come when the kernel has made sure that nobody else has them.
+            let lines = told.lines().filter(|line| !["fe80:", "ff00:"].iter().any(|own| line.contains(own)));
+            found.network.extend(lines.map(str::to_owned));
         }
-        let places = ["/run", "/etc/sheer", "/var/lib/sheer", "/var/lib/sheer-proxies", "/dev/shm"];
+        let places = ["/run", "/etc/sheer", "/var/lib/sheer", "/var/lib/sheer-proxies"];
         for place in places.map(|place| self.host.path(place)).into_iter().chain([self.home.clone()]) {
             walk(&place, &mut found.files)?;
         }
