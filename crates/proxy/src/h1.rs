@@ -71,4 +71,6 @@ pub struct Upgraded {
 }
 
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests;

@@ -237,6 +237,8 @@ impl Wire {
             }
             match ready!(buffer::poll_fill(&mut self.io, &mut self.read, buffer::LARGE, cx)) {
                 Ok(0) => {
+                    // The last look says what it would have said, had all come at once.
+                    parse::response(&mut self.read, &head.method).map_err(SendFailure::Response)?;
                     return Poll::Ready(Err(progress.upload_fault.take().map_or(SendFailure::Closed, SendFailure::Io)));
                 }
                 Ok(_) => {}

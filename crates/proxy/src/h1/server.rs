@@ -460,7 +460,9 @@ impl State {
             let fresh = self.read.get(pause.searched..).unwrap_or_default();
             let worth_parsing = pause.searched == 0
                 || memchr::memchr(b'\n', fresh).is_some()
-                || self.read.len() > sheer_core::head::MAX_HEAD_BYTES;
+                || self.read.len() > sheer_core::head::MAX_HEAD_BYTES
+                // The last look says what it would have said, had all come at once.
+                || self.ended && !fresh.is_empty();
             if !self.read.is_empty() && worth_parsing {
                 if let Some(parsed) = parse::request(&mut self.read, options.forward_proxy, &mut pause.empty_line)? {
                     pause.over();
