@@ -21,7 +21,6 @@ const STYLES: Styles = Styles::styled()
     name = "sheer",
     version,
     styles = STYLES,
-    disable_help_subcommand = true,
     max_term_width = 110,
     after_help = "Begin here:
   sheer up                                          # one terminal: control plane

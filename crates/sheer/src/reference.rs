@@ -29,7 +29,7 @@ fn page() -> String {
     let mut text = HEAD.to_owned();
     text.push_str("\n## Flags of every command\n\n");
     text.push_str(&flags(root.get_arguments().filter(|arg| arg.is_global_set())));
-    for command in root.get_subcommands().filter(|command| !command.is_hide_set()) {
+    for command in root.get_subcommands().filter(|c| !c.is_hide_set() && c.get_name() != "help") {
         section(command, "sheer", &mut text);
     }
     text

@@ -101,7 +101,10 @@ pub(crate) fn resolve(root: &Command, argv: &[OsString], variables: &[(String, O
     let given = match relaxed.try_get_matches_from_mut(argv) {
         Ok(matches) => matches,
         // The strict tree explains it with the usage that people should see.
-        Err(lenient) => return Err(root.clone().try_get_matches_from(argv).err().unwrap_or(lenient).into()),
+        Err(lenient) => {
+            let strict = root.clone().try_get_matches_from(argv).err().unwrap_or(lenient);
+            return Err(suggest(strict, root).into());
+        }
     };
     let (path, matches) = subcommand_path(&given);
     let arguments = arguments_of(root, &path);
@@ -296,6 +299,18 @@ fn after_subcommands(root: &Command, argv: &[OsString], path: &[String]) -> usiz
         }
     }
     at.min(argv.len())
+}
+
+/// Names the command that was meant, also where letters changed places, which clap's own measure misses.
+fn suggest(mut error: clap::Error, root: &Command) -> clap::Error {
+    if let (Some(ContextValue::String(given)), None) =
+        (error.get(ContextKind::InvalidSubcommand), error.get(ContextKind::SuggestedSubcommand))
+        && let Some(meant) = nearest(given, root.get_subcommands().map(Command::get_name))
+    {
+        let meant = ContextValue::Strings(vec![meant.to_owned()]);
+        error.insert(ContextKind::SuggestedSubcommand, meant);
+    }
+    error
 }
 
 /// Says in a usage error about a supplied value where that came from.

@@ -349,6 +349,24 @@ fn check_looks_at_the_host_without_a_control_plane() {
 }
 
 #[test]
+fn a_mistyped_command_is_guessed_and_help_is_a_command() {
+    let here = Path::new("/");
+    let text = sheer(&["rnu", "api", "--", "true"], "", here);
+    assert!(text.starts_with("status 2\n") && text.contains("'run'"), "{text}");
+    assert!(!sheer(&["frobnicate"], "", here).contains("tip:"));
+    let text = sheer(&["help", "run"], "", here);
+    assert!(text.starts_with("status 0\n") && text.contains("--publish"), "{text}");
+}
+
+#[test]
+fn what_keeps_a_proxy_from_starting_is_said_once() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let text = sheer(&["run", "api", "--capture", "none", "--control", "nowhere", "--", "true"], "", directory.path());
+    assert!(text.starts_with("status 1\n"), "{text}");
+    assert_eq!(text.matches("is no control plane's address").count(), 1, "{text}");
+}
+
+#[test]
 fn a_token_stands_alone_on_standard_output() {
     let token = TokenView { token: "sheer1.AAAA".into(), id: "0011".into(), expires: 1 };
     let api = Api::answering(vec![("POST /api/v1/tokens", 200, json(&token))]);

@@ -33,6 +33,6 @@ pub(crate) fn hidden() -> anyhow::Result<ExitCode> {
     let number = number.context("__proxy is started by 'sheer run' and 'sheer proxy' alone")?;
     let file = File::from(sheer_proxy::platform::adopt(number)?);
     let plan = serde_json::from_reader(file).context("cannot read the proxy's plan")?;
-    sheer_proxy::run(plan)?;
-    Ok(ExitCode::SUCCESS)
+    // What is wrong was told to the supervisor, which says it; twice would be two faults.
+    Ok(if sheer_proxy::run(plan).is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
