@@ -9,7 +9,7 @@
 //!
 //! What a proxy finds on its disk when it starts may be of another control plane than the one that answers now. So it is
 //! served only once that is known: its control plane cannot be reached, or has shown that it is still the same by its
-//! roots. See [`Readiness`].
+//! roots. See `Readiness`.
 
 mod demand;
 mod discovery;
