@@ -212,7 +212,14 @@ fn where_namespaces_are_forbidden_the_remedy_is_named() -> Result<()> {
     };
     let setting = "sysctl -w user.max_user_namespaces=10000";
     let (status, said) = say(&["check", "--only", "host"])?;
-    ensure!(status == Some(0) && said.contains("works, with 1 warning") && said.contains(setting), "{status:?} {said}");
+    // In a container it is no fault of the host; whoever runs a workload is told all the same.
+    let is_container = ["/.dockerenv", "/run/.containerenv"].iter().any(|sign| Path::new(sign).exists())
+        || std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    let is_told = match is_container {
+        true => said.contains("this is a container") && said.contains("'--capture here'"),
+        false => said.contains("works, with 1 warning") && said.contains(setting),
+    };
+    ensure!(status == Some(0) && is_told, "{status:?} {said}");
     for command in [&["run", "api", "--port", "8081", "--", "true"][..], &["demo", "--for", "1s"]] {
         let (status, said) = say(command)?;
         ensure!(status == Some(1) && said.contains(setting), "{command:?}: {status:?} {said}");
