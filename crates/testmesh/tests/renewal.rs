@@ -12,7 +12,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -140,6 +140,9 @@ fn certificates_are_renewed_under_load_without_a_failed_request() -> Result<()> 
                 for (ends, metrics) in seen.iter_mut().zip([15101, 15102]) {
                     let end = site.expiry(metrics)?;
                     if ends.last() != Some(&end) {
+                        // The one before was still good: nobody had to do without for a moment.
+                        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+                        ensure!(ends.last().is_none_or(|before| *before > now), "{ends:?} was renewed at {now}");
                         ends.push(end);
                     }
                 }
