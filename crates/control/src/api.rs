@@ -31,9 +31,14 @@ use sheer_core::api::{Apply, Consent, Failure, Link, TokenRequest, Version};
 use sheer_core::name::{DEFAULT_NAMESPACE, DnsLabel, ServiceName};
 use sheer_core::resource::Kind;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Largest body: a set of documents to apply.
 const MAX_BODY: usize = 8 << 20;
+/// Largest body of somebody who has not yet shown who they are: a code.
+const MAX_STRANGERS_BODY: usize = 1024;
+/// How long such a request may take.
+const STRANGER: Duration = Duration::from_secs(10);
 /// Windows of `stat` and `edges` that name none.
 const WINDOW_S: u64 = 60;
 
@@ -61,7 +66,7 @@ pub(crate) fn router(api: Api) -> axum::Router {
     let page = PAGE.iter().fold(axum::Router::new(), |router, (path, kind, content)| {
         router.route(path, get(|| async { ([(header::CONTENT_TYPE, *kind)], *content) }))
     });
-    page.route("/api/v1/session", post(session))
+    page.route("/api/v1/session", post(session).layer(DefaultBodyLimit::max(MAX_STRANGERS_BODY)))
         .route("/api/v1/version", get(version))
         .route("/api/v1/mesh", get(|State(api): State<Api>| async move { Json(status::mesh(&api.control)) }))
         .route("/api/v1/services", get(services))
@@ -90,8 +95,12 @@ pub(crate) fn refuse(status: StatusCode, error: impl Into<String>, mend: impl In
 /// Decides who may go on, and puts the headers on every answer.
 async fn admit(State(api): State<Api>, mut request: Request, next: Next) -> Response {
     let caller = request.extensions_mut().remove::<Caller>();
+    let is_open = is_open(&request);
     let mut response = match refusal(&api, caller.as_ref(), &request) {
         Some(refused) => refused,
+        None if is_open => tokio::time::timeout(STRANGER, next.run(request)).await.unwrap_or_else(|_| {
+            refuse(StatusCode::REQUEST_TIMEOUT, "the request took longer than 10 s", "send it at once")
+        }),
         None => next.run(request).await,
     };
     let headers = response.headers_mut();
@@ -114,11 +123,8 @@ fn refusal(api: &Api, caller: Option<&Caller>, request: &Request) -> Option<Resp
         let mend = "call it by its loopback address, from no other page";
         return Some(refuse(StatusCode::FORBIDDEN, "the Host or Origin of the request is another one", mend));
     }
-    // The page's own files hold nothing of the mesh; a session begins with a code.
-    let path = request.uri().path();
-    let open = PAGE.iter().any(|(own, ..)| path == *own) || path == "/api/v1/session";
-    let reads = request.method() == Method::GET && path != "/api/v1/backup";
-    let needed = if open {
+    let reads = request.method() == Method::GET && request.uri().path() != "/api/v1/backup";
+    let needed = if is_open(request) {
         Level::Nobody
     } else if reads {
         Level::Reader
@@ -134,6 +140,12 @@ fn refusal(api: &Api, caller: Option<&Caller>, request: &Request) -> Option<Resp
         api.access.token_file().display()
     );
     Some(refuse(StatusCode::UNAUTHORIZED, "not allowed", mend))
+}
+
+/// Whether anybody may ask: the page's own files hold nothing of the mesh, and a session begins with a code.
+fn is_open(request: &Request) -> bool {
+    let path = request.uri().path();
+    PAGE.iter().any(|(own, ..)| path == *own) || path == "/api/v1/session"
 }
 
 #[derive(Default, Deserialize)]

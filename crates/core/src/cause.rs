@@ -79,8 +79,18 @@ causes! {
     ClientGone => "client-gone", CLIENT_CLOSED_REQUEST, 1, Client;
     /// Plaintext, or TLS without a mesh certificate, arrived where only mesh peers are admitted.
     PlaintextRefused => "plaintext-refused", FORBIDDEN, 16, Client;
-    /// The peer's certificate does not verify.
-    PeerUntrusted => "peer-untrusted", FORBIDDEN, 16, Client;
+    /// The peer's certificate does not chain to a root of the mesh, or its key does not belong to it.
+    PeerUntrusted => "peer-untrusted", BAD_GATEWAY, 16, Mesh;
+    /// The peer's certificate, or one above it, has ended.
+    PeerExpired => "peer-expired", BAD_GATEWAY, 16, Mesh;
+    /// The peer's certificate, or one above it, begins later than now.
+    PeerNotYetValid => "peer-not-yet-valid", BAD_GATEWAY, 16, Mesh;
+    /// The peer's certificate is not that of one workload of this trust domain: its names, its usage, an authority's.
+    PeerNoWorkload => "peer-no-workload", BAD_GATEWAY, 16, Mesh;
+    /// The peer presented no certificate.
+    PeerAnonymous => "peer-anonymous", BAD_GATEWAY, 16, Mesh;
+    /// The peer did not accept this proxy's certificate.
+    IdentityRefused => "identity-refused", BAD_GATEWAY, 16, Mesh;
     /// The peer asked for a port that the workload does not declare.
     PortNotDeclared => "port-not-declared", NOT_FOUND, 12, Client;
     /// The host name or address belongs to no service, and egress to it is not possible or not allowed.
@@ -145,13 +155,18 @@ impl Cause {
             | Cause::Loop
             | Cause::NoIdentity
             | Cause::IdentityMismatch
+            | Cause::PeerUntrusted
+            | Cause::PeerExpired
+            | Cause::PeerNotYetValid
+            | Cause::PeerNoWorkload
+            | Cause::PeerAnonymous
+            | Cause::IdentityRefused
             | Cause::TlsFailed
             | Cause::ConnectRefused
             | Cause::ConnectTimeout
             | Cause::ConnectFailed => true,
             Cause::ClientGone
             | Cause::PlaintextRefused
-            | Cause::PeerUntrusted
             | Cause::PortNotDeclared
             | Cause::Deadline
             | Cause::UpstreamReset

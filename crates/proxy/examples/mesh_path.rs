@@ -125,6 +125,7 @@ fn plan(name: &str, ports: &[u16]) -> Plan {
         workload_user: None,
         resolvers: vec![],
         host_ports: vec![],
+        trust_forwarded: vec![],
         access_log: false,
         drain_grace_ms: 1000,
     }

@@ -9,6 +9,7 @@ use crate::upstream::endpoint::Table;
 use crate::upstream::tls::Credentials;
 use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
+use http::uri::Authority;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -17,6 +18,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use sheer_core::snapshot::{Service, Snapshot};
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 use tokio::net::{TcpListener, UnixListener};
@@ -50,6 +52,9 @@ impl Inspection {
     /// Serves `/metrics`, `/ready` and `/live` until the future is dropped; the latter two also by the names that
     /// Kubernetes gives them.
     pub async fn serve_metrics(self: Arc<Self>, listener: TcpListener) {
+        // A page in a browser of this host can have its own name lead here (DNS rebinding). Who listens for others is
+        // called by names that nobody here knows.
+        let is_loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
             let Ok(permit) = connections.clone().acquire_owned().await else { return };
@@ -57,7 +62,11 @@ impl Inspection {
                 Ok((stream, _)) => {
                     let inspection = self.clone();
                     tokio::spawn(async move {
-                        serve(TokioIo::new(stream), |request| inspection.answer(request, false)).await;
+                        let answer = |request: &Request<Incoming>| match !is_loopback || is_for_loopback(request) {
+                            true => inspection.answer(request, false),
+                            false => text(StatusCode::FORBIDDEN, "ask by a loopback address or as localhost\n"),
+                        };
+                        serve(TokioIo::new(stream), answer).await;
                         drop(permit);
                     });
                 }
@@ -189,6 +198,19 @@ impl Inspection {
     }
 }
 
+/// Whether a request names this host's loopback, or nothing at all, which no browser does.
+fn is_for_loopback(request: &Request<Incoming>) -> bool {
+    let host = |text: &str| -> Option<String> {
+        let authority = text.parse::<Authority>().ok()?;
+        Some(authority.host().trim_matches(['[', ']']).to_ascii_lowercase())
+    };
+    let is_loopback = |text: &str| {
+        host(text).is_some_and(|it| it == "localhost" || it.parse::<IpAddr>().is_ok_and(|it| it.is_loopback()))
+    };
+    let named = request.headers().get_all(header::HOST).iter().all(|it| it.to_str().is_ok_and(is_loopback));
+    named && request.uri().authority().is_none_or(|authority| is_loopback(authority.as_str()))
+}
+
 async fn serve<I>(io: I, answer: impl Fn(&Request<Incoming>) -> Response<Full<Bytes>>)
 where
     I: hyper::rt::Read + hyper::rt::Write + Unpin,
@@ -254,7 +276,11 @@ mod tests {
     }
 
     async fn get(stream: &mut (impl AsyncReadExt + AsyncWriteExt + Unpin), path: &str) -> (u16, String) {
-        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        ask(stream, &format!("GET {path} HTTP/1.1\r\nHost: localhost:1")).await
+    }
+
+    async fn ask(stream: &mut (impl AsyncReadExt + AsyncWriteExt + Unpin), head: &str) -> (u16, String) {
+        let request = format!("{head}\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -275,6 +301,48 @@ mod tests {
         assert_eq!((ask("/config_dump").await, ask("/").await), (404, 404));
         signal.set(drain::Phase::Told);
         assert_eq!((ask("/live").await, ask("/ready").await, ask("/readyz").await), (200, 503, 503));
+        task.abort();
+    }
+
+    /// What a page of a browser could send is answered to nobody: another name that leads here, other methods, questions
+    /// whether it may.
+    #[tokio::test]
+    async fn pages_of_others_learn_nothing() {
+        let (inspection, serving, _signal) = inspection();
+        serving.send_replace(true);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let task = tokio::spawn(inspection.clone().serve_metrics(listener));
+        let metrics = async |host: &str| {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            ask(&mut stream, &format!("GET /metrics HTTP/1.1\r\nHost: {host}")).await.0
+        };
+        for own in ["localhost", "LOCALHOST:9", "127.0.0.1:1", "127.0.0.8", "[::1]:80"] {
+            assert_eq!(metrics(own).await, 200, "{own}");
+        }
+        for other in
+            ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:1", "10.0.0.1", "[::2]", "a@b", ""]
+        {
+            assert!(matches!(metrics(other).await, 403 | 400), "{other}");
+        }
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let twice = ask(&mut stream, "GET /metrics HTTP/1.1\r\nHost: localhost\r\nHost: evil.example").await;
+        assert_ne!(twice.0, 200);
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        assert_eq!(ask(&mut stream, "GET http://evil.example/metrics HTTP/1.1\r\nHost: localhost").await.0, 403);
+        for method in ["POST", "OPTIONS", "PUT", "DELETE", "HEAD", "TRACE"] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            let head = format!("{method} /metrics HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example");
+            let (status, answer) = ask(&mut stream, &head).await;
+            assert!(status == 405 && !answer.to_ascii_lowercase().contains("access-control"), "{answer}");
+        }
+        task.abort();
+        // Who was told to listen for others is asked by any name.
+        let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let task = tokio::spawn(inspection.serve_metrics(listener));
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        assert_eq!(ask(&mut stream, "GET /metrics HTTP/1.1\r\nHost: web.pods.example").await.0, 200);
         task.abort();
     }
 

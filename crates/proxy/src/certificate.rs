@@ -56,13 +56,16 @@ impl Presented<'_> {
 /// What is wrong with a certificate, as rustls says it.
 pub(crate) fn refused(error: webpki::Error) -> Error {
     use webpki::Error::{
-        BadDer, BadDerTime, CertExpired, CertNotValidForName, CertNotValidYet, TrailingData, UnknownIssuer,
+        BadDer, BadDerTime, CertExpired, CertNotValidForName, CertNotValidYet, InvalidSignatureForPublicKey,
+        TrailingData, UnknownIssuer,
     };
     let reason = match error {
         CertExpired { time, not_after } => CertificateError::ExpiredContext { time, not_after },
         CertNotValidYet { time, not_before } => CertificateError::NotValidYetContext { time, not_before },
         CertNotValidForName(_) => CertificateError::NotValidForName,
         UnknownIssuer => CertificateError::UnknownIssuer,
+        // An issuer of the same name as one of ours.
+        InvalidSignatureForPublicKey => CertificateError::BadSignature,
         BadDer | BadDerTime | TrailingData(_) => CertificateError::BadEncoding,
         other => return invalid(Arc::new(other)),
     };

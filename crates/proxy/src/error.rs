@@ -145,7 +145,12 @@ fn what(cause: Cause) -> &'static str {
         Cause::HeadTimeout => "The request's head did not arrive in time",
         Cause::ClientGone => "The caller was gone before the answer was complete",
         Cause::PlaintextRefused => "This workload takes connections of mesh peers alone, and this one is none",
-        Cause::PeerUntrusted => "The peer's certificate does not verify",
+        Cause::PeerUntrusted => "The peer's certificate is not of this mesh",
+        Cause::PeerExpired => "The peer's certificate has ended",
+        Cause::PeerNotYetValid => "The peer's certificate is not valid yet",
+        Cause::PeerNoWorkload => "The peer's certificate is not that of one workload of this mesh",
+        Cause::PeerAnonymous => "The peer has no certificate",
+        Cause::IdentityRefused => "The peer does not accept this proxy's certificate",
         Cause::PortNotDeclared => "The workload does not declare this port",
         Cause::UnknownDestination => "No service has this name or address",
         Cause::DestinationForbidden => "The proxy does not connect to this address",
@@ -183,7 +188,14 @@ fn next(cause: Cause) -> &'static str {
         Cause::PlaintextRefused => {
             "Start the caller with 'sheer run', or admit it in the Workload: spec.plaintext: [{ports, cidrs, reason}]."
         }
-        Cause::PeerUntrusted | Cause::TlsFailed | Cause::NoIdentity => "'sheer check' shows certificates and clocks.",
+        Cause::PeerUntrusted
+        | Cause::PeerExpired
+        | Cause::PeerNotYetValid
+        | Cause::PeerNoWorkload
+        | Cause::PeerAnonymous
+        | Cause::IdentityRefused
+        | Cause::TlsFailed
+        | Cause::NoIdentity => "'sheer check' shows certificates and clocks.",
         Cause::IdentityMismatch => {
             "'sheer check' shows which identity claims the service; allow it in the Service if it may."
         }

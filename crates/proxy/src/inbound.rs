@@ -6,6 +6,8 @@
 //! published -> the same, for anybody on this host
 //! ```
 
+mod vouched;
+
 use crate::body::{Request, Response};
 use crate::connection::{self, Answer, Caller, Spoken};
 use crate::detect::{self, Protocol as Detected, Turn};
@@ -15,16 +17,15 @@ use crate::io::Io;
 use crate::metrics::{Edge, Protocol};
 use crate::plan::Mode;
 use crate::platform::original_destination;
-use crate::record::{ConnectionRecord, IDENTITY_FIELDS, Line, Record, refused_connection};
+use crate::record::{ConnectionRecord, Line, Record, refused_connection};
 use crate::send::{self, Outgoing};
 use crate::tcp;
 use crate::upstream::dial::Place;
 use crate::upstream::tls::{Accepted, Carried, TlsError};
 use crate::worker::Worker;
 use bytes::{Buf, Bytes, BytesMut};
-use http::HeaderValue;
 use sheer_core::cause::Cause;
-use sheer_core::head::{Fields, Known, Version};
+use sheer_core::head::{Known, Version};
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::parse_server_name;
 use sheer_core::snapshot;
@@ -37,6 +38,7 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use vouched::Vouched;
 
 /// How long a peer may take to say what it speaks, and for its handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -66,8 +68,8 @@ struct Session {
     port: u16,
     edges: Edges,
     source: String,
-    /// The value of `x-forwarded-client-cert` that its requests are given.
-    identity: Option<HeaderValue>,
+    /// What its requests say of their caller.
+    vouched: Vouched,
 }
 
 /// The edges of a connection, resolved once.
@@ -169,21 +171,23 @@ fn is_client_first(worker: &Worker, port: u16) -> bool {
 
 /// Whether plaintext is admitted to a port from where it comes.
 fn plaintext(worker: &Worker, stream: &TcpStream, port: u16) -> Result<(), Cause> {
-    let snapshot = worker.snapshot();
-    let granted = snapshot.workload();
-    let mode = granted.map_or(worker.proxy.plan.mode, |workload| match workload.mode {
-        snapshot::Mode::Watch => Mode::Watch,
-        snapshot::Mode::Permissive => Mode::Permissive,
-        snapshot::Mode::Strict => Mode::Strict,
-    });
-    if mode != Mode::Strict {
+    if mode(worker) != Mode::Strict {
         return Ok(());
     }
     let peer = stream.peer_addr().map_err(|_| Cause::PlaintextRefused)?;
-    match granted.and_then(|workload| workload.exception(peer.ip(), port)) {
+    match worker.snapshot().workload().and_then(|workload| workload.exception(peer.ip(), port)) {
         Some(_) => Ok(()),
         None => Err(Cause::PlaintextRefused),
     }
+}
+
+/// What is enforced: as granted, or as the proxy was started before anything is.
+fn mode(worker: &Worker) -> Mode {
+    worker.snapshot().workload().map_or(worker.proxy.plan.mode, |workload| match workload.mode {
+        snapshot::Mode::Watch => Mode::Watch,
+        snapshot::Mode::Permissive => Mode::Permissive,
+        snapshot::Mode::Strict => Mode::Strict,
+    })
 }
 
 /// Serves a connection of a mesh peer.
@@ -198,7 +202,8 @@ async fn from_peer(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr) {
     };
     let Accepted { io, peer, server_name, carried } = accepted;
     let port = asked_port(&worker, &server_name);
-    let session = Session::new(&worker, Who::Peer(Arc::new(peer)), port, dialled);
+    let vouched = Vouched::peer(&peer);
+    let session = Session::new(&worker, Who::Peer(Arc::new(peer)), vouched, port, dialled);
     match carried {
         Carried::Http1 => http(worker, io, BytesMut::new(), Spoken::Http1, session).await,
         Carried::Http2 => http(worker, io, BytesMut::new(), Spoken::Http2, session).await,
@@ -214,7 +219,7 @@ async fn from_peer(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr) {
 }
 
 fn untrusted(worker: &Worker, dialled: SocketAddr, error: &TlsError) {
-    let cause = if error.is_untrusted() { Cause::PeerUntrusted } else { Cause::TlsFailed };
+    let cause = error.cause();
     tracing::info!(%cause, %dialled, %error, "a mesh connection was refused");
     turn_away(worker, cause);
 }
@@ -252,7 +257,9 @@ async fn from_outside(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr
     let is_redirected = stream.local_addr().is_ok_and(|local| local.port() != port);
     let is_watched = worker.proxy.plan.mode == Mode::Watch && is_redirected;
     let declared = if is_watched || is_declared(&worker, port) { Ok(port) } else { Err(Cause::PortNotDeclared) };
-    let session = Session::new(&worker, caller, declared, dialled);
+    let from = stream.peer_addr().ok().map(|peer| peer.ip());
+    let vouched = Vouched::nobody(&worker.proxy.plan, mode(&worker), from);
+    let session = Session::new(&worker, caller, vouched, declared, dialled);
     let declared = spoken_at(&worker, port);
     from_client(worker, Io::Plain(stream), declared, session).await;
 }
@@ -329,7 +336,7 @@ async fn refuse(worker: Rc<Worker>, stream: TcpStream, cause: Cause) {
 }
 
 impl Session {
-    fn new(worker: &Worker, caller: Who, port: Result<u16, Cause>, dialled: SocketAddr) -> Self {
+    fn new(worker: &Worker, caller: Who, vouched: Vouched, port: Result<u16, Cause>, dialled: SocketAddr) -> Self {
         let source = match &caller {
             Who::Peer(peer) => format!("{}/{}", peer.namespace(), peer.service_account()),
             Who::Unauthenticated => "unknown".to_owned(),
@@ -348,11 +355,7 @@ impl Session {
             Some(_) => Place::Application(worker.application(port)),
             None => Place::Application(SocketAddr::new(dialled.ip(), port)),
         });
-        let identity = match &caller {
-            Who::Peer(peer) => HeaderValue::try_from(format!("URI={peer}")).ok(),
-            Who::Unauthenticated | Who::Public => None,
-        };
-        Self { caller, to, port: port.unwrap_or_default(), edges, source, identity }
+        Self { caller, to, port: port.unwrap_or_default(), edges, source, vouched }
     }
 
     fn audience(&self) -> Audience {
@@ -419,7 +422,7 @@ async fn deliver(
         return Err(Cause::Draining.into());
     }
     let place = session.to.clone()?;
-    identify(session.identity.as_ref(), &mut outgoing.head.fields)?;
+    session.vouched.write(&mut outgoing.head.fields)?;
     let mut response = match send::to_address(worker, place, outgoing, record).await {
         Err(error) if error.cause == Cause::ConnectRefused && worker.proxy.inside.is_some() => {
             worker.look_again(session.port);
@@ -429,18 +432,6 @@ async fn deliver(
     };
     response.head.fields.remove_known(&[Known::SheerReason, Known::SheerDrain]);
     Ok(response)
-}
-
-/// Who a caller is says the mesh, never the caller.
-fn identify(identity: Option<&HeaderValue>, fields: &mut Fields) -> Result<(), RequestError> {
-    fields.remove_known(IDENTITY_FIELDS);
-    match identity {
-        Some(value) => {
-            let added = fields.append_known(Known::ClientCert, value);
-            added.map_err(|error| RequestError::because(Cause::HeadTooLarge, error))
-        }
-        None => Ok(()),
-    }
 }
 
 /// Carries one connection of bytes. Where it is not settled that they are no requests, those that turn out to be are

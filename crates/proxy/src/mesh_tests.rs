@@ -1,5 +1,6 @@
 //! Two proxies and an application in one process, over loopback, with real certificates.
 
+mod certificates;
 mod framing;
 mod reasons;
 
@@ -63,6 +64,7 @@ pub(crate) fn plan(name: &str, ports: &[u16], mode: Mode) -> Plan {
         workload_user: None,
         resolvers: vec![],
         host_ports: vec![],
+        trust_forwarded: vec![],
         access_log: false,
         command: false,
         drain_grace_ms: 1000,

@@ -3,6 +3,7 @@
 //! The supervisor keeps the listening sockets and hands them over by number, so that a proxy can be replaced under a
 //! living workload. The plan itself arrives as JSON through an inherited memory file; `sheer proxy` makes its own.
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use sheer_core::name::{DnsLabel, ServiceName};
 use std::net::SocketAddr;
@@ -63,6 +64,9 @@ pub struct Plan {
     pub resolvers: Vec<SocketAddr>,
     /// Ports of the host's loopback that the workload may reach.
     pub host_ports: Vec<u16>,
+    /// From where plaintext callers are believed when they tell where a request was before (`X-Forwarded-*` and others).
+    #[serde(default)]
+    pub trust_forwarded: Vec<IpNet>,
     /// Whether an access log line is written for each request (JSON on standard error).
     pub access_log: bool,
     /// Whether the supervisor started the workload. Then it says when that has gone, and until then its calls are

@@ -156,7 +156,16 @@ fn note(worker: &Worker, chosen: &LiveEndpoint, failure: &Failure) {
             chosen.state.shun();
             worker.proxy.demand.unreachable(&chosen.endpoint.workload);
         }
-        Cause::IdentityMismatch | Cause::TlsFailed | Cause::Draining | Cause::UpstreamReset => chosen.state.shun(),
+        Cause::IdentityMismatch
+        | Cause::PeerUntrusted
+        | Cause::PeerExpired
+        | Cause::PeerNotYetValid
+        | Cause::PeerNoWorkload
+        | Cause::PeerAnonymous
+        | Cause::IdentityRefused
+        | Cause::TlsFailed
+        | Cause::Draining
+        | Cause::UpstreamReset => chosen.state.shun(),
         _ => {}
     }
 }

@@ -41,15 +41,43 @@ impl Authority {
         trust_domain: &str,
         change: impl Fn(&mut CertificateParams),
     ) -> Result<Arc<Credentials>, TlsError> {
+        let (leaf, key) = self.sign(change);
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        Credentials::new(vec![leaf], key, trust_domain, std::slice::from_ref(&self.root))
+    }
+
+    /// A certificate that differs from a good one as told, and its key. Nobody looks at it here.
+    pub(crate) fn sign(&self, change: impl FnOnce(&mut CertificateParams)) -> (CertificateDer<'static>, KeyPair) {
+        self.sign_by(&self.issuer, change)
+    }
+
+    /// The same by another issuer.
+    pub(crate) fn sign_by(
+        &self,
+        issuer: &Issuer<'_, KeyPair>,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> (CertificateDer<'static>, KeyPair) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         let name = format!("spiffe://{}/ns/default/sa/any", self.trust_domain);
         params.subject_alt_names = vec![SanType::URI(name.as_str().try_into().unwrap())];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         change(&mut params);
-        let leaf = params.signed_by(&key, &self.issuer).unwrap().der().clone();
-        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-        Credentials::new(vec![leaf], key, trust_domain, std::slice::from_ref(&self.root))
+        (params.signed_by(&key, issuer).unwrap().der().clone(), key)
+    }
+
+    /// An issuer under the root that differs from a good one as told, and its certificate.
+    pub(crate) fn intermediate(
+        &self,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> (Issuer<'static, KeyPair>, CertificateDer<'static>) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(rcgen::DnType::CommonName, "an issuer");
+        change(&mut params);
+        let certificate = params.signed_by(&key, &self.issuer).unwrap().der().clone();
+        (Issuer::new(params, key), certificate)
     }
 }
 

@@ -13,7 +13,7 @@ use tower::ServiceExt;
 /// Connections at a time, on each listener: browsers and command lines of one host.
 const MAX_CONNECTIONS: usize = 128;
 /// A head that takes longer ends the connection, also an idle one.
-const HEAD: Duration = Duration::from_secs(30);
+const HEAD: Duration = Duration::from_secs(10);
 /// A connection that takes longer in all is cut: a slow body, a reader that stops.
 const LIFE: Duration = Duration::from_secs(300);
 

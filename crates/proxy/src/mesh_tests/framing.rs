@@ -384,13 +384,25 @@ impl Scene {
         }
     }
 
-    /// The identity that the application is told.
-    fn caller(&self, line: &str) -> String {
-        if self.entrance == Entrance::Published { String::new() } else { line.to_owned() }
+    /// What the application is told of the caller.
+    fn vouched(&self) -> &'static [(&'static str, &'static str)] {
+        match self.entrance {
+            Entrance::Published => &[("x-forwarded-for", "127.0.0.1"), ("x-forwarded-proto", "http")],
+            Entrance::Workload | Entrance::Peer => &[("x-forwarded-client-cert", CALLER)],
+        }
+    }
+
+    /// Leaves out what `{peer}` and `{/peer}` enclose where the caller is none.
+    fn of_peers(&self, text: &str) -> String {
+        let Some((before, rest)) = text.split_once("{peer}") else { return text.to_owned() };
+        let (theirs, after) = rest.split_once("{/peer}").expect("{/peer}");
+        let theirs = if self.entrance == Entrance::Published { "" } else { theirs };
+        format!("{before}{theirs}{}", self.of_peers(after))
     }
 
     fn named(&self, text: &str) -> Vec<u8> {
-        bytes_of(&text.replace("{caller}", &self.caller(&format!(r"x-forwarded-client-cert: {CALLER}\r\n"))))
+        let caller: String = self.vouched().iter().map(|(name, value)| format!(r"{name}: {value}\r\n")).collect();
+        bytes_of(&self.of_peers(text).replace("{caller}", &caller))
     }
 }
 
@@ -535,7 +547,7 @@ async fn converse(scene: &Scene, application: &mut Recorder, steps: &[String]) -
 }
 
 /// A panic of a task is nobody's answer: they are counted, for this thread.
-fn count_panics() -> Rc<dyn Fn() -> usize> {
+pub(super) fn count_panics() -> Rc<dyn Fn() -> usize> {
     let count = Arc::new(AtomicUsize::new(0));
     let (counted, thread, before) = (count.clone(), std::thread::current().id(), std::panic::take_hook());
     std::panic::set_hook(Box::new(move |info| {
@@ -825,9 +837,10 @@ mod http2 {
     }
 
     async fn one(scene: &Scene, application: &mut Recorder, case: &Case<'_>) -> Result<(), String> {
-        let caller = scene.caller(&format!("x-forwarded-client-cert = {CALLER}"));
+        let caller: Vec<String> = scene.vouched().iter().map(|(name, value)| format!("{name} = {value}")).collect();
         let named = |lines: Vec<String>| -> Vec<String> {
-            lines.into_iter().map(|line| line.replace("{caller}", &caller)).filter(|line| !line.is_empty()).collect()
+            let lines = lines.iter().map(|line| scene.of_peers(line).replace("{caller}", &caller.join("\n")));
+            lines.flat_map(|line| line.lines().map(str::to_owned).collect::<Vec<_>>()).collect()
         };
         let had = ask(scene, &case.sent()).await?;
         match case.text("refuses") {

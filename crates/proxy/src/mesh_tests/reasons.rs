@@ -1,10 +1,12 @@
 //! Every cause is provoked, and the response's header, the access log and the metrics say the same of it.
 
+use super::certificates::{NAME, Stranger};
 use super::*;
 use crate::io::Io;
 use crate::outbound::{self, Destination};
 use crate::record::Log;
 use bytes::BytesMut;
+use rcgen::CertificateParams;
 use sheer_core::cause::Cause;
 use sheer_core::route::{Match, PathMatch};
 use std::io::Write;
@@ -37,6 +39,11 @@ provoked! {
     client_gone: ClientGone;
     plaintext_refused: PlaintextRefused;
     peer_untrusted: PeerUntrusted;
+    peer_expired: PeerExpired;
+    peer_not_yet_valid: PeerNotYetValid;
+    peer_no_workload: PeerNoWorkload;
+    peer_anonymous: PeerAnonymous;
+    identity_refused: IdentityRefused;
     port_not_declared: PortNotDeclared;
     unknown_destination: UnknownDestination;
     destination_forbidden: DestinationForbidden;
@@ -247,16 +254,50 @@ mod provoke {
     pub(super) async fn peer_untrusted(cause: Cause) {
         let web = side(&Authority::new("mesh.internal"), "web", &[1]);
         let (api, door) = alone(&[web.door(Traffic::Inbound).await]).await;
-        api.answered(&get(door, "/").await, Cause::TlsFailed).await;
-        // It refuses the certificate of this side; so that the other refuses as well, ours trusts it.
+        api.answered(&get(door, "/").await, cause).await;
+        refused(|_| Stranger::signed(&Authority::new("mesh.internal"), |_| {}), cause).await;
+    }
+
+    pub(super) async fn peer_expired(cause: Cause) {
+        let ended = |params: &mut CertificateParams| params.not_after = rcgen::date_time_ymd(2020, 1, 2);
+        refused(|ca| Stranger::signed(ca, ended), cause).await;
+    }
+
+    pub(super) async fn peer_not_yet_valid(cause: Cause) {
+        let later = |params: &mut CertificateParams| params.not_before = rcgen::date_time_ymd(2200, 1, 1);
+        refused(|ca| Stranger::signed(ca, later), cause).await;
+    }
+
+    pub(super) async fn peer_no_workload(cause: Cause) {
+        refused(|ca| Stranger::signed(ca, |params| params.subject_alt_names.clear()), cause).await;
+    }
+
+    /// Whoever calls; a server always presents one.
+    pub(super) async fn peer_anonymous(cause: Cause) {
+        let web = side(&Authority::new("mesh.internal"), "web", &[1]);
+        assert_eq!(Stranger::anonymous().call(web.door(Traffic::Inbound).await, NAME).await, None);
+        web.wrote(cause).await;
+    }
+
+    /// Told to the proxy that is refused, by a caller that refuses it.
+    pub(super) async fn identity_refused(cause: Cause) {
+        let web = side(&Authority::new("mesh.internal"), "web", &[1]);
+        let (_api, door) = alone(&[web.door(Traffic::Inbound).await]).await;
+        get(door, "/").await;
+        web.wrote(cause).await;
+    }
+
+    /// A peer with this certificate is neither let in nor talked to.
+    async fn refused(stranger: impl FnOnce(&Authority) -> Stranger, cause: Cause) {
         let ca = Authority::new("mesh.internal");
-        let trusted = side(&ca, "web", &[1]);
-        let inbound = trusted.door(Traffic::Inbound).await;
-        let stranger = ca.certify("mesh.internal", |params| params.not_after = rcgen::date_time_ymd(2020, 1, 2));
-        let stream = TcpStream::connect(inbound).await.unwrap();
-        let name = "p1.web.default.svc.mesh.internal";
-        let _ = stranger.dialer().connect(stream, name, crate::upstream::tls::Carried::Http1).await;
-        trusted.wrote(cause).await;
+        let stranger = stranger(&ca);
+        let (web, api) = (side(&ca, "web", &[1]), side(&ca, "api", &[]));
+        assert_eq!(stranger.call(web.door(Traffic::Inbound).await, NAME).await, None);
+        web.wrote(cause).await;
+        let (address, heard) = stranger.listen().await;
+        api.knows("default/web", Protocol::Http, &[(address, 1)]);
+        api.answered(&get(api.door(upstream("web")).await, "/").await, cause).await;
+        assert_eq!(heard.get(), 0, "a stranger was told something");
     }
 
     pub(super) async fn port_not_declared(cause: Cause) {

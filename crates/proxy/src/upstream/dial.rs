@@ -183,7 +183,7 @@ impl Connector {
             Ok(Err(error)) => {
                 // Whatever session was resumed is not worth keeping.
                 sessions.forget();
-                return Err(DialError { cause: Cause::TlsFailed, source: Some(error.into()) });
+                return Err(DialError { cause: error.cause(), source: Some(error.into()) });
             }
             Err(_) => return Err(DialError::bare(Cause::ConnectTimeout)),
         };

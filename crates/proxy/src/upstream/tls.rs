@@ -10,7 +10,8 @@ use rustls::client::{ClientSessionMemoryCache, Resumption};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, TrustAnchor};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use rustls::{ClientConfig, HandshakeKind, ServerConfig};
+use rustls::{AlertDescription, CertificateError, ClientConfig, HandshakeKind, ServerConfig};
+use sheer_core::cause::Cause;
 use sheer_core::identity::{IdentityError, SpiffeId};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -86,23 +87,33 @@ impl TlsError {
         }
     }
 
-    /// True when the peer's certificate or name is at fault, not the connection.
-    pub fn is_untrusted(&self) -> bool {
+    /// Why a handshake failed. What this mesh asks of a certificate beyond its chain is [`CertificateError::Other`], as
+    /// is what webpki says of a certificate that chains and is none of a workload.
+    pub fn cause(&self) -> Cause {
         match self {
-            TlsError::Tls(
-                rustls::Error::InvalidCertificate(_)
-                | rustls::Error::NoCertificatesPresented
-                | rustls::Error::AlertReceived(
-                    rustls::AlertDescription::BadCertificate
-                    | rustls::AlertDescription::UnknownCA
-                    | rustls::AlertDescription::CertificateExpired
-                    | rustls::AlertDescription::CertificateRequired
-                    | rustls::AlertDescription::CertificateUnknown,
-                ),
-            ) => true,
-            TlsError::Malformed | TlsError::Names(_) | TlsError::Identity(_) | TlsError::TrustDomain(_) => true,
-            TlsError::Expired | TlsError::NoCertificate => true,
-            TlsError::Tls(_) | TlsError::Protocol | TlsError::Io(_) => false,
+            TlsError::Tls(rustls::Error::InvalidCertificate(reason)) => match reason {
+                CertificateError::Expired | CertificateError::ExpiredContext { .. } => Cause::PeerExpired,
+                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Cause::PeerNotYetValid,
+                CertificateError::Other(_) => Cause::PeerNoWorkload,
+                _ => Cause::PeerUntrusted,
+            },
+            TlsError::Tls(rustls::Error::NoCertificatesPresented) | TlsError::NoCertificate => Cause::PeerAnonymous,
+            TlsError::Tls(rustls::Error::AlertReceived(
+                AlertDescription::BadCertificate
+                | AlertDescription::UnsupportedCertificate
+                | AlertDescription::CertificateRevoked
+                | AlertDescription::CertificateExpired
+                | AlertDescription::CertificateUnknown
+                | AlertDescription::UnknownCA
+                | AlertDescription::AccessDenied
+                | AlertDescription::DecryptError
+                | AlertDescription::CertificateRequired,
+            )) => Cause::IdentityRefused,
+            TlsError::Malformed | TlsError::Names(_) | TlsError::Identity(_) | TlsError::TrustDomain(_) => {
+                Cause::PeerNoWorkload
+            }
+            TlsError::Expired => Cause::PeerExpired,
+            TlsError::Tls(_) | TlsError::Protocol | TlsError::Io(_) => Cause::TlsFailed,
         }
     }
 }
@@ -450,7 +461,7 @@ mod tests {
             let (_, far) = meet(&stranger, &web).await;
             assert!(far.is_err(), "{stranger:?} came in");
             let (near, _) = meet(&web, &stranger).await;
-            assert!(near.unwrap_err().is_untrusted(), "{stranger:?} was talked to");
+            assert_ne!(near.unwrap_err().cause(), Cause::TlsFailed, "{stranger:?} was talked to");
         }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::supervise;
 use clap::ValueEnum;
+use ipnet::IpNet;
 use sheer_core::name::{DnsLabel, ServiceName};
 use sheer_proxy::plan::{Mode, PlannedPort, Protocol, ServiceRef};
 use std::ffi::OsString;
@@ -70,6 +71,10 @@ pub(crate) struct Workload {
     /// Let the workload reach this port of the host's loopback, at its own localhost
     #[arg(long, value_name = "PORT")]
     pub(crate) host_port: Vec<u16>,
+
+    /// Believe the X-Forwarded-*, Forwarded and X-Real-IP of plaintext callers from here [default: nobody's]
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) trust_forwarded: Vec<IpNet>,
 
     /// The address that mesh peers dial [default: the one from which the control plane is reached]
     #[arg(long, value_name = "IP")]

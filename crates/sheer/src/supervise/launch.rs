@@ -181,6 +181,7 @@ pub(super) fn launch(
         workload_user: Some(workload_user(&settled)),
         resolvers: resolvers(),
         host_ports: workload.host_port.clone(),
+        trust_forwarded: workload.trust_forwarded.clone(),
         access_log: workload.access_log,
         command: !command.is_empty(),
         drain_grace_ms: workload.drain_grace.saturating_mul(1000),
