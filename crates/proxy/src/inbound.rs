@@ -94,6 +94,7 @@ pub async fn accept(worker: Rc<Worker>, stream: TcpStream, port: Option<u16>) {
         // The rest of a greeting is on its way.
         looked = timeout(HANDSHAKE_TIMEOUT, first_look(&stream)).await;
     }
+    let has_timed_out = looked.is_err();
     let is_mesh = match looked {
         // Before the handshake: the peer's proxy then knows that no byte was taken, and goes elsewhere.
         Ok(Ok(Sniffed::Tls(hello))) if hello.offers_mesh_bytes && worker.phase() >= Phase::Refusing => {
@@ -107,6 +108,11 @@ pub async fn accept(worker: Rc<Worker>, stream: TcpStream, port: Option<u16>) {
     match (is_mesh, may_be_plaintext) {
         (true, _) => from_peer(worker, stream, dialled).await,
         (false, Ok(())) => from_outside(worker, stream, dialled, Who::Unauthenticated).await,
+        // Who has not said in time what it speaks is not asked again.
+        (false, Err(cause)) if has_timed_out => {
+            turn_away(&worker, cause);
+            tcp::reset(&Io::Plain(stream));
+        }
         (false, Err(cause)) => refuse(worker, stream, cause).await,
     }
 }

@@ -8,6 +8,7 @@ pub mod callers;
 pub mod mesh;
 pub mod net;
 pub mod program;
+pub mod recorder;
 pub mod shop;
 pub mod unit;
 pub mod wait;

@@ -191,13 +191,21 @@ impl Host {
     /// # Errors
     /// When the namespace cannot be entered, or what the function returns.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        let network = File::open(format!("/proc/{}/ns/net", self.holder.0.id()))?;
-        let entered = || {
-            setns(network, CloneFlags::CLONE_NEWNET)?;
-            work()
-        };
-        std::thread::scope(|scope| scope.spawn(entered).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        beside(Pid::from_raw(self.holder.0.id().cast_signed()), work)
     }
+}
+
+/// Runs a function on a thread that is in the network of a process.
+///
+/// # Errors
+/// When the namespace cannot be entered, or what the function returns.
+pub fn beside<T: Send>(process: Pid, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let network = File::open(format!("/proc/{process}/ns/net"))?;
+    let entered = || {
+        setns(network, CloneFlags::CLONE_NEWNET)?;
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(entered).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
 }
 
 impl Holder {
