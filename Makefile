@@ -13,6 +13,8 @@ TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 TOOLS := $(TARGET)/tools
 CARGO_DENY_VERSION := 0.20.2
 CARGO_DENY := $(TOOLS)/bin/cargo-deny-$(CARGO_DENY_VERSION)
+HTTPWG_VERSION := 0.2.5
+HTTPWG := $(TOOLS)/bin/httpwg-$(HTTPWG_VERSION)
 
 # Tests and the demonstration share these; `make demo ARGS='--for 60s'`.
 ARGS ?=
@@ -107,7 +109,7 @@ bench: ## Measure Sheer beside Envoy, HAProxy and nginx (see bench/README.md)
 	$(CARGO) build --locked --release --manifest-path bench/tools/Cargo.toml --target-dir bench/tools/target
 	@ENVOY=$$(scripts/envoy $(TARGET)) SHEER=$(TARGET)/$(PROFILE)/sheer python3 bench/run.py $(ARGS)
 
-# Parsers written by others, and HPACK, below target/.
+# What the comparisons need of PyPI, below target/: parsers written by others, HPACK, a WebSocket server.
 FRAMING := $(TARGET)/framing
 $(FRAMING)/bin/python: scripts/framing-requirements.txt
 	python3 -m venv $(FRAMING)
@@ -116,7 +118,7 @@ $(FRAMING)/bin/python: scripts/framing-requirements.txt
 
 .PHONY: framing
 framing: $(FRAMING)/bin/python ## Play hostile messages against Sheer, Envoy and HAProxy (writes docs/security/framing.md)
-	@scripts/packages framing
+	@scripts/packages compare
 	$(CARGO) build --locked -p sheer-proxy --example mesh_path
 	@ENVOY=$$(scripts/envoy $(TARGET)) MESH_PATH=$(TARGET)/debug/examples/mesh_path $(FRAMING)/bin/python scripts/framing --write $(ARGS)
 
@@ -124,6 +126,39 @@ framing: $(FRAMING)/bin/python ## Play hostile messages against Sheer, Envoy and
 differential: $(FRAMING)/bin/python ## Compare our HTTP/1 parser with h11 and llhttp over generated messages
 	$(CARGO) build --locked -p sheer-proxy --example read_http1
 	@READ_HTTP1=$(TARGET)/debug/examples/read_http1 $(FRAMING)/bin/python scripts/differential $(ARGS)
+
+# The HTTP/2 cases of others, as `deny` installs its tool.
+$(HTTPWG):
+	$(CARGO) install --quiet --debug --locked --force httpwg-cli@$(HTTPWG_VERSION) --root $(TOOLS) --target-dir $(TOOLS)/build-httpwg
+	@mv $(TOOLS)/bin/httpwg $@
+	@rm -rf $(TOOLS)/build-httpwg
+
+.PHONY: conformance
+conformance: $(HTTPWG) ## Play the HTTP/2 cases of httpwg-cli against Sheer, Envoy and HAProxy (writes docs/security/http2.md)
+	@scripts/packages compare
+	$(CARGO) build --locked -p sheer-proxy --example mesh_path
+	@ENVOY=$$(scripts/envoy $(TARGET)) MESH_PATH=$(TARGET)/debug/examples/mesh_path HTTPWG=$(HTTPWG) python3 scripts/conformance --write $(ARGS)
+
+# Optimised: what a good client has to suffer meanwhile is among what is measured.
+.PHONY: floods
+floods: ## Flood Sheer, Envoy and HAProxy over HTTP/2 beside a good client (writes docs/security/floods.md)
+	@scripts/packages compare
+	$(CARGO) build --locked --profile quick -p sheer-proxy --example mesh_path
+	@ENVOY=$$(scripts/envoy $(TARGET)) MESH_PATH=$(TARGET)/quick/examples/mesh_path python3 scripts/floods --write $(ARGS)
+
+# Another Python's packages, and therefore in a directory of their own.
+AUTOBAHN := $(TARGET)/autobahn
+$(AUTOBAHN)/autobahntestsuite: scripts/autobahn-requirements.txt
+	@rm -rf $(AUTOBAHN)
+	python27=$$(scripts/python27) && $$python27 -m pip install --quiet --disable-pip-version-check --target $(AUTOBAHN) --requirement $<
+	@touch $@
+
+.PHONY: websocket
+websocket: $(FRAMING)/bin/python $(AUTOBAHN)/autobahntestsuite ## Play the Autobahn suite through Sheer, Envoy and HAProxy, and without (writes docs/security/websocket.md)
+	@scripts/packages compare
+	$(CARGO) build --locked -p sheer-proxy --example mesh_path
+	@ENVOY=$$(scripts/envoy $(TARGET)) MESH_PATH=$(TARGET)/debug/examples/mesh_path AUTOBAHN=$(AUTOBAHN) PYTHON27=$$(scripts/python27) \
+		$(FRAMING)/bin/python scripts/websocket --write $(ARGS)
 
 .PHONY: clean
 clean: ## Remove everything that was built

@@ -1,10 +1,11 @@
 //! Two proxies with one worker each before an application: the mesh path, for profiles and measurements.
 //!
-//! `mesh_path BACKEND_PORT [PROTOCOL]` prints where the path begins and runs until it is killed. PROTOCOL is `detect`
-//! (default), `http`, `grpc` or `tcp`. Both proxies are this process, so its CPU time is the path's.
+//! `mesh_path BACKEND_PORT [PROTOCOL [KEYS]]` prints where the path begins, and where mesh peers come in, and runs until
+//! it is killed. PROTOCOL is `detect` (default), `http`, `grpc` or `tcp`. Both proxies are this process, so its CPU time
+//! is the path's. KEYS is a directory for what a peer needs to be one: `cert.pem`, `key.pem`.
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
+use rcgen::{BasicConstraints, Certificate, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
 use rustls::pki_types::PrivateKeyDer;
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::{DnsLabel, ServiceName};
@@ -18,6 +19,7 @@ use sheer_proxy::upstream::tls::Credentials;
 use sheer_proxy::worker::{self, Door, Proxy, Workers};
 use std::error::Error;
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::Arc;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -30,13 +32,18 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some("tcp") => Protocol::Tcp,
         Some(other) => return Err(format!("'{other}' is none of detect, http, grpc, tcp").into()),
     };
+    let keys = arguments.next();
     let authority = Authority::new()?;
+    if let Some(directory) = keys {
+        authority.write_credentials("api", Path::new(&directory))?;
+    }
     let web = ServiceName::parse("web")?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
+    let peers = listener.local_addr()?;
     let endpoint = Endpoint {
         workload: "local/host/default/web-1".into(),
         service_port: 80,
-        address: listener.local_addr()?,
+        address: peers,
         workload_port: backend,
         server_name: web.server_name(backend, "mesh.internal").into(),
         hop: Hop::Sheer1,
@@ -58,7 +65,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         proxy.endpoints.set(&web, Arc::new(EndpointSet::new(vec![id], vec![Arc::new(endpoint)])));
         Ok(())
     })?;
-    println!("{entrance} pid {}", std::process::id());
+    println!("{entrance} pid {} peers {peers}", std::process::id());
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     runtime.block_on(async {
         let (mut inbound, mut outbound) = (inbound, outbound);
@@ -145,14 +152,26 @@ impl Authority {
         Ok(Self { issuer: Issuer::new(params, key), root })
     }
 
-    fn credentials(&self, account: &str) -> Result<Arc<Credentials>, Box<dyn Error>> {
+    fn certify(&self, account: &str) -> Result<(Certificate, KeyPair), Box<dyn Error>> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         let name = format!("spiffe://mesh.internal/ns/default/sa/{account}");
         params.subject_alt_names = vec![SanType::URI(name.as_str().try_into()?)];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let leaf = params.signed_by(&key, &self.issuer)?.der().clone();
+        Ok((params.signed_by(&key, &self.issuer)?, key))
+    }
+
+    fn credentials(&self, account: &str) -> Result<Arc<Credentials>, Box<dyn Error>> {
+        let (leaf, key) = self.certify(account)?;
         let key = PrivateKeyDer::try_from(key.serialize_der())?;
-        Ok(Credentials::new(vec![leaf], key, "mesh.internal", std::slice::from_ref(&self.root))?)
+        Ok(Credentials::new(vec![leaf.der().clone()], key, "mesh.internal", std::slice::from_ref(&self.root))?)
+    }
+
+    /// For programs that speak as a mesh peer without a proxy of their own.
+    fn write_credentials(&self, account: &str, directory: &Path) -> Result<(), Box<dyn Error>> {
+        let (leaf, key) = self.certify(account)?;
+        std::fs::write(directory.join("cert.pem"), leaf.pem())?;
+        std::fs::write(directory.join("key.pem"), key.serialize_pem())?;
+        Ok(())
     }
 }
