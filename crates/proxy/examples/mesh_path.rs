@@ -5,7 +5,9 @@
 //! is the path's. KEYS is a directory for what a peer needs to be one: `cert.pem`, `key.pem`.
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use rcgen::{BasicConstraints, Certificate, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
+use rcgen::{
+    BasicConstraints, Certificate, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
+};
 use rustls::pki_types::PrivateKeyDer;
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::{DnsLabel, ServiceName};

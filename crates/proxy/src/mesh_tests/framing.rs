@@ -27,7 +27,7 @@ const CALLER: &str = "URI=spiffe://mesh.internal/ns/default/sa/api";
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Entrance {
+pub(super) enum Entrance {
     /// Through the workload's own proxy.
     Workload,
     /// A published port of the other workload.
@@ -345,7 +345,7 @@ impl Recorder {
 }
 
 /// A mesh of two proxies before an application, and a way in.
-struct Scene {
+pub(super) struct Scene {
     entrance: Entrance,
     address: SocketAddr,
     peer: Arc<crate::upstream::tls::Credentials>,
@@ -354,7 +354,7 @@ struct Scene {
 }
 
 impl Scene {
-    async fn new(entrance: Entrance, port: u16, declared: plan::Protocol) -> Self {
+    pub(super) async fn new(entrance: Entrance, port: u16, declared: plan::Protocol) -> Self {
         let ca = Authority::new("mesh.internal");
         let mut own = plan("web", &[port], Mode::Strict);
         own.ports[0].protocol = declared;
@@ -372,7 +372,7 @@ impl Scene {
         Self { entrance, address, peer, port, _sides: [api, web] }
     }
 
-    async fn connect(&self, carried: Carried) -> Io {
+    pub(super) async fn connect(&self, carried: Carried) -> Io {
         let stream = TcpStream::connect(self.address).await.unwrap();
         stream.set_nodelay(true).unwrap();
         match self.entrance {
