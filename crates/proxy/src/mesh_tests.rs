@@ -3,6 +3,7 @@
 mod certificates;
 mod framing;
 mod reasons;
+mod websocket;
 
 use crate::body::Body;
 use crate::drain::{self, Phase};
