@@ -75,6 +75,8 @@ causes! {
     HeadTooLarge => "head-too-large", REQUEST_HEADER_FIELDS_TOO_LARGE, 8, Client;
     /// The head did not arrive in time.
     HeadTimeout => "head-timeout", REQUEST_TIMEOUT, 4, Client;
+    /// A client whom nobody knows sent its request's body, or took its answer, too slowly.
+    BodyTimeout => "body-timeout", REQUEST_TIMEOUT, 4, Client;
     /// The client closed or reset before the answer was complete. Neither a success nor anybody's failure.
     ClientGone => "client-gone", CLIENT_CLOSED_REQUEST, 1, Client;
     /// Plaintext, or TLS without a mesh certificate, arrived where only mesh peers are admitted.
@@ -165,7 +167,8 @@ impl Cause {
             | Cause::ConnectRefused
             | Cause::ConnectTimeout
             | Cause::ConnectFailed => true,
-            Cause::ClientGone
+            Cause::BodyTimeout
+            | Cause::ClientGone
             | Cause::PlaintextRefused
             | Cause::PortNotDeclared
             | Cause::Deadline

@@ -1,7 +1,7 @@
 //! Two proxies with one worker each before an application: the mesh path, for profiles and measurements.
 //!
-//! `mesh_path BACKEND_PORT [PROTOCOL [KEYS]]` prints where the path begins, and where mesh peers come in, and runs until
-//! it is killed. PROTOCOL is `detect` (default), `http`, `grpc` or `tcp`. Both proxies are this process, so its CPU time
+//! `mesh_path BACKEND_PORT [PROTOCOL [KEYS]]` prints where the path begins, where mesh peers come in, and where anybody
+//! does, and runs until it is killed. PROTOCOL is `detect` (default), `http`, `grpc` or `tcp`. Both proxies are this process, so its CPU time
 //! is the path's. KEYS is a directory for what a peer needs to be one: `cert.pem`, `key.pem`.
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -14,6 +14,7 @@ use sheer_core::name::{DnsLabel, ServiceName};
 use sheer_core::snapshot::{Endpoint, EndpointSet, Health, Hop, Protocol, Service, ServicePort, Snapshot};
 use sheer_proxy::drain;
 use sheer_proxy::metrics::Metrics;
+use sheer_proxy::overload::Overload;
 use sheer_proxy::plan::{self, Capture, Mode, Plan, PlannedPort, Role, ServiceRef};
 use sheer_proxy::sync::{Demand, Demands};
 use sheer_proxy::upstream::endpoint::Table;
@@ -23,6 +24,10 @@ use std::error::Error;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
+
+// As in the binary: memory is measured here too.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
@@ -53,12 +58,16 @@ fn main() -> Result<(), Box<dyn Error>> {
         weight: 1,
         at_address: true,
     };
-    let inbound = Beside::start(&authority, "web", &[backend], Door { listener, role: Role::Inbound }, |_| Ok(()))?;
+    let anybody = TcpListener::bind("127.0.0.1:0")?;
+    let published = anybody.local_addr()?;
+    let doors =
+        [Door { listener, role: Role::Inbound }, Door { listener: anybody, role: Role::Publish { port: backend } }];
+    let inbound = Beside::start(&authority, "web", &[backend], &doors, |_| Ok(()))?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let entrance: SocketAddr = listener.local_addr()?;
     let service = ServiceRef { namespace: "default".into(), name: "web".into() };
     let door = Door { listener, role: Role::Upstream { service, port: 80 } };
-    let outbound = Beside::start(&authority, "api", &[], door, |proxy| {
+    let outbound = Beside::start(&authority, "api", &[], &[door], |proxy| {
         let mut snapshot = Snapshot::clone(&proxy.snapshot.load());
         let ports = vec![ServicePort { port: 80, protocol }];
         snapshot.put_service(Arc::new(Service { name: web.clone(), hosts: vec![], addresses: vec![], ports }));
@@ -67,7 +76,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         proxy.endpoints.set(&web, Arc::new(EndpointSet::new(vec![id], vec![Arc::new(endpoint)])));
         Ok(())
     })?;
-    println!("{entrance} pid {} peers {peers}", std::process::id());
+    println!("{entrance} pid {} peers {peers} published {published}", std::process::id());
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     runtime.block_on(async {
         let (mut inbound, mut outbound) = (inbound, outbound);
@@ -87,24 +96,26 @@ impl Beside {
         authority: &Authority,
         name: &str,
         ports: &[u16],
-        door: Door,
+        doors: &[Door],
         teach: impl FnOnce(&Proxy) -> Result<(), Box<dyn Error>>,
     ) -> Result<Self, Box<dyn Error>> {
         let (signal, watch) = drain::channel();
         let (demand, demands) = Demand::channel();
+        let metrics = Arc::new(Metrics::new(1000));
         let proxy = Arc::new(Proxy {
             plan: plan(name, ports),
             snapshot: Arc::new(ArcSwap::from_pointee(Snapshot::new(DnsLabel::parse("default")?))),
             demand,
             credentials: Arc::new(ArcSwapOption::from(Some(authority.credentials(name)?))),
-            metrics: Arc::new(Metrics::new(1000)),
+            overload: Overload::of_this_process(metrics.clone()),
+            metrics,
             endpoints: Arc::new(Table::default()),
             drain: watch,
             inside: None,
             listening: None,
         });
         teach(&proxy)?;
-        Ok(Self { workers: worker::start(&proxy, &[door], 1)?, _drain: signal, _demands: demands })
+        Ok(Self { workers: worker::start(&proxy, doors, 1)?, _drain: signal, _demands: demands })
     }
 }
 

@@ -3,6 +3,7 @@
 //! Nothing here is `Send`: a message lives and dies inside one worker thread.
 
 use bytes::Bytes;
+use sheer_core::cause::Cause;
 use sheer_core::head::{Fields, RequestHead, ResponseHead};
 use std::fmt;
 use std::future::poll_fn;
@@ -72,6 +73,18 @@ pub enum BodyError {
     /// The connection failed.
     #[error("the connection failed while the body was read")]
     Io(#[from] io::Error),
+}
+
+impl BodyError {
+    /// The sender was slower than it may be.
+    pub fn too_slow() -> Self {
+        BodyError::Io(io::ErrorKind::TimedOut.into())
+    }
+
+    /// Whether the sender was slower than it may be: what the system says of a connection has a number.
+    pub fn is_too_slow(&self) -> bool {
+        matches!(self, BodyError::Io(error) if error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_none())
+    }
 }
 
 /// A body, concrete and unboxed.
@@ -151,6 +164,13 @@ impl Body {
             Body::H1(body) => body.poll_progress(cx),
             Body::Metered(body) => body.poll_progress(cx),
             Body::Watched(body) => body.poll_progress(cx),
+        }
+    }
+
+    /// Writes down why a response's body is not read to its end, where it has a record.
+    pub fn failed(&mut self, cause: Cause) {
+        if let Body::Watched(body) = self {
+            body.failed(cause);
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::body::{Body, Request, Response};
 use crate::drain;
 use crate::error::{self, Audience, RequestError, Told};
+use crate::h1::pace::Pace;
 use crate::h1::{self, Upgraded, server::Ended, server::Outcome};
 use crate::h2;
 use crate::io::Io;
@@ -13,6 +14,7 @@ use bytes::{Bytes, BytesMut};
 use http::StatusCode;
 use sheer_core::cause::Cause;
 use sheer_core::head::{Known, RequestHead, Version};
+use std::pin::pin;
 use std::time::Duration;
 
 /// How long idle HTTP/1 connections are kept after requests are refused: a client may have one under way, which closing
@@ -130,39 +132,47 @@ fn switch(worker: &Worker, caller: Caller, mut record: Record, response: Respons
     }
 }
 
-/// Serves a connection until it ends. `unread` begins the account of a request that cannot be read.
-pub async fn serve<S, U>(worker: &Worker, io: Io, prefix: BytesMut, spoken: Spoken, unread: U, service: S)
-where
+/// Serves a connection until it ends. `pace` is that of a client whom nobody knows. `unread` begins the account of a request that cannot be read.
+pub async fn serve<S, U>(
+    worker: &Worker,
+    io: Io,
+    prefix: BytesMut,
+    spoken: Spoken,
+    pace: Option<Pace>,
+    unread: U,
+    service: S,
+) where
     S: AsyncFn(Request) -> Answer + 'static,
     U: Fn(Spoken) -> Record + 'static,
 {
     match spoken {
-        Spoken::Http1 => serve_http1(worker, io, prefix, unread, service).await,
+        Spoken::Http1 => serve_http1(worker, io, prefix, pace, unread, service).await,
         Spoken::Http2 => {
             let service = async move |request| Some(service(request).await.response);
             let refused = move |cause: Cause| unread(Spoken::Http2).refused(cause.status(), cause);
-            if let Err(error) = h2::server::serve(io, prefix, worker.drain(), refused, service).await {
+            // Boxed, since it takes more than HTTP/1 does while it waits.
+            if let Err(error) = Box::pin(h2::server::serve(io, prefix, worker.drain(), refused, service)).await {
                 tracing::debug!(%error, "an HTTP/2 connection broke");
             }
         }
     }
 }
 
-async fn serve_http1<S, U>(worker: &Worker, io: Io, prefix: BytesMut, unread: U, service: S)
+async fn serve_http1<S, U>(worker: &Worker, io: Io, prefix: BytesMut, pace: Option<Pace>, unread: U, service: S)
 where
     S: AsyncFn(Request) -> Answer,
     U: Fn(Spoken) -> Record,
 {
     let mut drain = worker.drain();
-    let stop = async move {
+    let stop = pin!(async move {
         drain.reached(drain::Phase::Refusing).await;
         tokio::time::sleep(LAST_CALL).await;
-    };
-    let options = h1::server::Options::default();
+    });
+    let options = h1::server::Options { pace, idler: Some(worker.idlers.enter()), ..h1::server::Options::default() };
     let service = async |request| service(request).await.into_outcome();
     match h1::server::serve(io, prefix, &options, stop, service).await {
         Ok(Ended::Closed) => {}
-        Ok(Ended::Tunnel(client, tunnel)) => carry(client, tunnel).await,
+        Ok(Ended::Tunnel(client, tunnel)) => Box::pin(carry(client, tunnel)).await,
         Err(error) => {
             if let Some(refusal) = error.refusal() {
                 unread(Spoken::Http1).refused(refusal.status, refusal.cause);

@@ -143,6 +143,7 @@ fn what(cause: Cause) -> &'static str {
         Cause::BadRequest => "The request is malformed or can be read in two ways",
         Cause::HeadTooLarge => "The request's head is larger than 60 KiB or has more than 100 fields",
         Cause::HeadTimeout => "The request's head did not arrive in time",
+        Cause::BodyTimeout => "The request's body arrived, or its answer was taken, slower than a stranger may",
         Cause::ClientGone => "The caller was gone before the answer was complete",
         Cause::PlaintextRefused => "This workload takes connections of mesh peers alone, and this one is none",
         Cause::PeerUntrusted => "The peer's certificate is not of this mesh",
@@ -182,7 +183,7 @@ fn what(cause: Cause) -> &'static str {
 /// What to do next.
 fn next(cause: Cause) -> &'static str {
     match cause {
-        Cause::BadRequest | Cause::HeadTooLarge | Cause::HeadTimeout | Cause::ClientGone => {
+        Cause::BadRequest | Cause::HeadTooLarge | Cause::HeadTimeout | Cause::BodyTimeout | Cause::ClientGone => {
             "Mend the client; the proxy's access log has the request's line."
         }
         Cause::PlaintextRefused => {

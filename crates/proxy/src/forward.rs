@@ -20,6 +20,7 @@ use http::{Method, StatusCode};
 use sheer_core::cause::Cause;
 use sheer_core::head::{Fields, Known, ResponseHead};
 use std::io;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -82,8 +83,8 @@ async fn http(worker: Rc<Worker>, io: Io) {
         }
     };
     let mut drain = worker.drain();
-    let stop = async move { drain.reached(crate::drain::Phase::Closing).await };
-    let options = Options { forward_proxy: true, ..Options::default() };
+    let stop = pin!(async move { drain.reached(crate::drain::Phase::Closing).await });
+    let options = Options { forward_proxy: true, idler: Some(worker.idlers.enter()), ..Options::default() };
     match h1::server::serve(io, BytesMut::new(), &options, stop, service).await {
         Ok(Ended::Closed) => {}
         Ok(Ended::Tunnel(client, Far::Asked(destination))) => {

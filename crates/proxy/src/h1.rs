@@ -15,6 +15,7 @@ pub(crate) mod buffer;
 pub mod client;
 pub(crate) mod decode;
 pub(crate) mod encode;
+pub mod pace;
 pub(crate) mod parse;
 pub mod server;
 

@@ -13,6 +13,7 @@ use crate::connection::{self, Answer, Caller, Spoken};
 use crate::detect::{self, Protocol as Detected, Turn};
 use crate::drain::Phase;
 use crate::error::{Audience, RequestError};
+use crate::h1::pace::Pace;
 use crate::io::Io;
 use crate::metrics::{Edge, Protocol};
 use crate::plan::Mode;
@@ -30,6 +31,7 @@ use sheer_core::identity::SpiffeId;
 use sheer_core::name::parse_server_name;
 use sheer_core::snapshot;
 use sheer_core::sniff::{Sniffed, TLS_HANDSHAKE, sniff};
+use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -48,6 +50,11 @@ const SILENCE: Duration = Duration::from_millis(50);
 
 /// What is looked at of a first message before its connection is handed to TLS or to plaintext.
 const FIRST_LOOK: usize = 16 * 1024;
+
+thread_local! {
+    /// Where first messages are looked at: who has yet to say something holds no buffer.
+    static FIRST: RefCell<Box<[u8]>> = RefCell::new(vec![0; FIRST_LOOK].into_boxed_slice());
+}
 
 /// Who is at the other end.
 #[derive(Clone, Debug)]
@@ -106,14 +113,15 @@ pub async fn accept(worker: Rc<Worker>, stream: TcpStream, port: Option<u16>) {
         Ok(Err(_)) => return,
     };
     match (is_mesh, may_be_plaintext) {
-        (true, _) => from_peer(worker, stream, dialled).await,
-        (false, Ok(())) => from_outside(worker, stream, dialled, Who::Unauthenticated).await,
+        // Each as large as it has to be.
+        (true, _) => Box::pin(from_peer(worker, stream, dialled)).await,
+        (false, Ok(())) => Box::pin(from_outside(worker, stream, dialled, Who::Unauthenticated)).await,
         // Who has not said in time what it speaks is not asked again.
         (false, Err(cause)) if has_timed_out => {
             turn_away(&worker, cause);
             tcp::reset(&Io::Plain(stream));
         }
-        (false, Err(cause)) => refuse(worker, stream, cause).await,
+        (false, Err(cause)) => Box::pin(refuse(worker, stream, cause)).await,
     }
 }
 
@@ -135,25 +143,26 @@ pub async fn accept_published(worker: Rc<Worker>, stream: TcpStream, port: u16) 
 /// Reads what a connection begins with, until it is known whether that is TLS and whose, and leaves it there.
 async fn first_look(stream: &TcpStream) -> io::Result<Sniffed> {
     let mut seen = 0;
-    let mut buffer = vec![0; FIRST_LOOK];
     // Each arrival makes the socket ready anew, so that bytes which tell nothing yet can be waited upon.
     stream
         .async_io(Interest::READABLE, || {
             use nix::sys::socket::{MsgFlags, recv};
             use std::os::fd::AsRawFd;
-            let count = recv(stream.as_raw_fd(), &mut buffer, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT)?;
-            if count == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            match sniff(&buffer[..count]) {
-                // What it is instead is looked at by whoever reads it, and is no reason to wait here.
-                _ if buffer[0] != TLS_HANDSHAKE => Ok(Sniffed::Opaque),
-                Sniffed::Partial if count > seen => {
-                    seen = count;
-                    Err(io::ErrorKind::WouldBlock.into())
+            FIRST.with_borrow_mut(|buffer| {
+                let count = recv(stream.as_raw_fd(), buffer, MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT)?;
+                if count == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
                 }
-                sniffed => Ok(sniffed),
-            }
+                match sniff(&buffer[..count]) {
+                    // What it is instead is looked at by whoever reads it, and is no reason to wait here.
+                    _ if buffer[0] != TLS_HANDSHAKE => Ok(Sniffed::Opaque),
+                    Sniffed::Partial if count > seen => {
+                        seen = count;
+                        Err(io::ErrorKind::WouldBlock.into())
+                    }
+                    sniffed => Ok(sniffed),
+                }
+            })
         })
         .await
 }
@@ -201,7 +210,8 @@ async fn from_peer(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr) {
     let Some(credentials) = worker.pools.connector().credentials() else {
         return turn_away(&worker, Cause::NoIdentity);
     };
-    let accepted = match timeout(HANDSHAKE_TIMEOUT, credentials.accept(stream)).await {
+    // Boxed, since it is over soon and takes more than what follows.
+    let accepted = match timeout(HANDSHAKE_TIMEOUT, Box::pin(credentials.accept(stream))).await {
         Ok(Ok(accepted)) => accepted,
         Ok(Err(error)) => return untrusted(&worker, dialled, &error),
         Err(_) => return turn_away(&worker, Cause::TlsFailed),
@@ -211,15 +221,15 @@ async fn from_peer(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr) {
     let vouched = Vouched::peer(&peer);
     let session = Session::new(&worker, Who::Peer(Arc::new(peer)), vouched, port, dialled);
     match carried {
-        Carried::Http1 => http(worker, io, BytesMut::new(), Spoken::Http1, session).await,
-        Carried::Http2 => http(worker, io, BytesMut::new(), Spoken::Http2, session).await,
+        Carried::Http1 => Box::pin(http(worker, io, BytesMut::new(), Spoken::Http1, session)).await,
+        Carried::Http2 => Box::pin(http(worker, io, BytesMut::new(), Spoken::Http2, session)).await,
         // A peer says what it carries; that requests are none is not its to say.
         Carried::Tcp => match spoken_at(&worker, port.unwrap_or_default()) {
             snapshot::Protocol::Tcp | snapshot::Protocol::Tls => {
-                bytes(worker, io, BytesMut::new(), session, true).await
+                Box::pin(bytes(worker, io, BytesMut::new(), session, true)).await
             }
-            snapshot::Protocol::Detect => bytes(worker, io, BytesMut::new(), session, false).await,
-            declared => from_client(worker, io, declared, session).await,
+            snapshot::Protocol::Detect => Box::pin(bytes(worker, io, BytesMut::new(), session, false)).await,
+            declared => Box::pin(from_client(worker, io, declared, session)).await,
         },
     }
 }
@@ -288,7 +298,9 @@ async fn from_client(worker: Rc<Worker>, mut io: Io, declared: snapshot::Protoco
     let mut prefix = BytesMut::new();
     let detected = match declared {
         snapshot::Protocol::Http2 | snapshot::Protocol::Grpc => Detected::Http2,
-        snapshot::Protocol::Tcp | snapshot::Protocol::Tls => return bytes(worker, io, prefix, session, true).await,
+        snapshot::Protocol::Tcp | snapshot::Protocol::Tls => {
+            return Box::pin(bytes(worker, io, prefix, session, true)).await;
+        }
         snapshot::Protocol::Http => match timeout(HANDSHAKE_TIMEOUT, detect::detect(&mut io, &mut prefix)).await {
             Ok(Ok(Some(Detected::Http2))) => Detected::Http2,
             // Whatever else it is, the codec says what is wrong with it, or that it was too slow.
@@ -299,13 +311,13 @@ async fn from_client(worker: Rc<Worker>, mut io: Io, declared: snapshot::Protoco
             Ok(Ok(Some(detected))) => detected,
             Ok(Ok(None) | Err(_)) => return,
             // It waits for its server to speak, or is slow.
-            Err(_) => return bytes(worker, io, prefix, session, false).await,
+            Err(_) => return Box::pin(bytes(worker, io, prefix, session, false)).await,
         },
     };
     match detected {
-        Detected::Http1 => http(worker, io, prefix, Spoken::Http1, session).await,
-        Detected::Http2 => http(worker, io, prefix, Spoken::Http2, session).await,
-        Detected::Tls(_) | Detected::Opaque => bytes(worker, io, prefix, session, true).await,
+        Detected::Http1 => Box::pin(http(worker, io, prefix, Spoken::Http1, session)).await,
+        Detected::Http2 => Box::pin(http(worker, io, prefix, Spoken::Http2, session)).await,
+        Detected::Tls(_) | Detected::Opaque => Box::pin(bytes(worker, io, prefix, session, true)).await,
     }
 }
 
@@ -338,7 +350,7 @@ async fn refuse(worker: Rc<Worker>, stream: TcpStream, cause: Cause) {
         answer.close();
         answer
     };
-    connection::serve(&worker, io, prefix, Spoken::Http1, unread, service).await;
+    connection::serve(&worker, io, prefix, Spoken::Http1, Some(Pace::OF_STRANGERS), unread, service).await;
 }
 
 impl Session {
@@ -385,9 +397,13 @@ async fn http(worker: Rc<Worker>, io: Io, prefix: BytesMut, spoken: Spoken, sess
             .line(|| Line { destination: own.source.to_string(), ..Line::unread("inbound", &session.source, spoken) });
         Record::begin(edge.clone(), line)
     };
+    let pace = match asked.caller {
+        Who::Peer(_) => None,
+        Who::Unauthenticated | Who::Public => Some(Pace::OF_STRANGERS),
+    };
     let own = worker.clone();
     let service = async move |request| serve(&own, &asked, request).await;
-    connection::serve(&worker, io, prefix, spoken, unread, service).await;
+    connection::serve(&worker, io, prefix, spoken, pace, unread, service).await;
 }
 
 /// Serves one request to the workload. The stages run in this order.
@@ -427,6 +443,7 @@ async fn deliver(
     if worker.phase() >= Phase::Refusing {
         return Err(Cause::Draining.into());
     }
+    worker.begin_request()?;
     let place = session.to.clone()?;
     session.vouched.write(&mut outgoing.head.fields)?;
     let mut response = match send::to_address(worker, place, outgoing, record).await {
@@ -473,7 +490,7 @@ async fn bytes(worker: Rc<Worker>, mut near: Io, mut read: BytesMut, session: Se
             record.forget();
             tcp::reset(&far);
             drop(far);
-            return http(worker, near, read, spoken, session).await;
+            return Box::pin(http(worker, near, read, spoken, session)).await;
         }
     }
     record.connected();

@@ -3,8 +3,14 @@
 use crate::capture::rules::{DELIVERY_V4, DELIVERY_V6};
 use crate::forward;
 use crate::inbound;
+use crate::io::Io;
+use crate::metrics::Shed;
 use crate::outbound;
+use crate::overload::memory::Level;
+use crate::overload::{Admitted, Way};
 use crate::plan::Role;
+use crate::record::{Line, refused_connection};
+use crate::tcp;
 use crate::worker::Worker;
 use sheer_core::cause::Cause;
 use sheer_core::name::ServiceName;
@@ -20,6 +26,9 @@ use tokio::task::AbortHandle;
 
 /// How long accepting pauses when there is no descriptor left: those in use must be closed first.
 const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
+
+/// Idle connections that make room at once for those that come: looking for them takes longer than ending them.
+const MADE_AT_ONCE: usize = 16;
 
 /// Of a client that says nothing for so long it is asked whether it is still there, and after this part of that time
 /// again, three times: one that vanished must not hold a descriptor.
@@ -60,10 +69,10 @@ impl Traffic {
     }
 
     /// Whether it leads to the workload.
-    fn is_inbound(&self) -> bool {
+    fn way(&self) -> Way {
         match self {
-            Traffic::Inbound | Traffic::Door(_) | Traffic::Published(_) => true,
-            Traffic::Outbound | Traffic::Upstream(..) | Traffic::Forward => false,
+            Traffic::Inbound | Traffic::Door(_) | Traffic::Published(_) => Way::In,
+            Traffic::Outbound | Traffic::Upstream(..) | Traffic::Forward => Way::Out,
         }
     }
 }
@@ -82,24 +91,30 @@ struct Tasks {
 /// The task of a connection.
 struct Task {
     handle: AbortHandle,
-    inbound: bool,
+    way: Way,
 }
 
 /// One of them, for as long as it lives.
-struct OpenOne(Rc<Tasks>, u64);
+struct OpenOne {
+    tasks: Rc<Tasks>,
+    number: u64,
+    _admitted: Admitted,
+}
 
 impl Open {
     /// Serves a connection in a task of its own.
-    fn spawn(&self, inbound: bool, connection: impl Future<Output = ()> + 'static) {
+    fn spawn(&self, way: Way, admitted: Admitted, connection: impl Future<Output = ()> + 'static) {
         let number = self.0.next.get();
         self.0.next.set(number + 1);
-        let one = OpenOne(self.0.clone(), number);
+        let one = OpenOne { tasks: self.0.clone(), number, _admitted: admitted };
+        // Boxed, since a task that captures a future and awaits it has room for both.
+        let connection = Box::pin(connection);
         let task = tokio::task::spawn_local(async move {
             let _one = one;
             connection.await;
         });
         // It does not run before this function returns: both are of one thread.
-        self.0.open.borrow_mut().insert(number, Task { handle: task.abort_handle(), inbound });
+        self.0.open.borrow_mut().insert(number, Task { handle: task.abort_handle(), way });
     }
 
     /// Waits until none is open. Cancel safe.
@@ -111,14 +126,28 @@ impl Open {
 
     /// Ends those that lead to the workload, whatever they are in the middle of.
     pub fn end_inbound(&self) {
-        self.0.open.borrow().values().filter(|task| task.inbound).for_each(|task| task.handle.abort());
+        self.0.open.borrow().values().filter(|task| task.way == Way::In).for_each(|task| task.handle.abort());
+    }
+
+    /// Ends a sixteenth of all, those that were accepted last, whatever they are in the middle of: how many.
+    pub fn end_youngest(&self) -> usize {
+        let open = self.0.open.borrow();
+        let mut numbers: Vec<u64> = open.keys().copied().collect();
+        let count = numbers.len().div_ceil(16);
+        if count < numbers.len() {
+            let last = numbers.len() - count;
+            numbers.select_nth_unstable(last);
+            numbers.drain(..last);
+        }
+        numbers.iter().filter_map(|number| open.get(number)).for_each(|task| task.handle.abort());
+        count
     }
 }
 
 impl Drop for OpenOne {
     fn drop(&mut self) {
-        self.0.open.borrow_mut().remove(&self.1);
-        self.0.closed.notify_one();
+        self.tasks.open.borrow_mut().remove(&self.number);
+        self.tasks.closed.notify_one();
     }
 }
 
@@ -131,15 +160,60 @@ pub async fn accept(worker: Rc<Worker>, listener: TcpListener, traffic: Traffic,
     }
     loop {
         match listener.accept().await {
-            Ok((stream, from)) => {
-                open.spawn(traffic.is_inbound(), serve(worker.clone(), stream, from, traffic.clone()));
-            }
+            Ok((stream, from)) => match admit(&worker, traffic.way()).await {
+                Some(admitted) => {
+                    open.spawn(traffic.way(), admitted, serve(worker.clone(), stream, from, traffic.clone()));
+                }
+                None => turn_away(&worker, traffic.way(), stream),
+            },
             Err(error) if is_about_one_connection(&error) => {}
             Err(error) => {
                 tracing::warn!(%error, "accepting pauses");
+                worker.make_room(usize::MAX);
                 tokio::time::sleep(NO_DESCRIPTOR).await;
             }
         }
+    }
+}
+
+/// Admits a connection. Where there is no room, those that carry nothing make some.
+async fn admit(worker: &Worker, way: Way) -> Option<Admitted> {
+    let overload = &worker.proxy.overload;
+    if let Some(admitted) = overload.admit(way) {
+        return Some(admitted);
+    }
+    if worker.make_room(MADE_AT_ONCE) == 0 {
+        return None;
+    }
+    // They end in tasks of this thread that are ready now.
+    tokio::task::yield_now().await;
+    overload.admit(way)
+}
+
+/// Refuses a connection before a byte of it was read: who made it knows that nothing was processed.
+fn turn_away(worker: &Worker, way: Way, stream: TcpStream) {
+    let line = worker.line(|| match way {
+        Way::In => Line { destination: worker.source.to_string(), ..Line::of_connection("inbound", "unknown") },
+        Way::Out => Line { destination: "unknown".to_owned(), ..Line::of_connection("outbound", &worker.source) },
+    });
+    refused_connection(&worker.proxy.metrics, Cause::Overloaded, line);
+    tcp::reset(&Io::Plain(stream));
+}
+
+/// Gives up what has to be given up while memory is short, and looks again as often as that is needed. Never ends.
+pub async fn keep_within_memory(worker: Rc<Worker>, open: Open) {
+    loop {
+        let again = worker.proxy.overload.look();
+        let level = worker.proxy.overload.level();
+        if level >= Level::Pressed {
+            worker.make_room(usize::MAX);
+        }
+        if level == Level::Critical {
+            let ended = open.end_youngest();
+            worker.proxy.metrics.shed(Shed::Youngest, ended);
+            tracing::warn!(connections = ended, "memory is at its end: connections that came last are ended");
+        }
+        tokio::time::sleep(again).await;
     }
 }
 
@@ -149,16 +223,17 @@ async fn serve(worker: Rc<Worker>, stream: TcpStream, from: SocketAddr, traffic:
     }
     match traffic {
         Traffic::Outbound | Traffic::Upstream(..) | Traffic::Forward if is_delivery(from) => {
-            outbound::refuse(worker, stream, Cause::Loop).await;
+            Box::pin(outbound::refuse(worker, stream, Cause::Loop)).await;
         }
-        Traffic::Outbound => outbound::accept(worker, stream, outbound::Asked::Original).await,
+        // Each as large as it has to be.
+        Traffic::Outbound => Box::pin(outbound::accept(worker, stream, outbound::Asked::Original)).await,
         Traffic::Upstream(service, port) => {
-            outbound::accept(worker, stream, outbound::Asked::Service(service, port)).await;
+            Box::pin(outbound::accept(worker, stream, outbound::Asked::Service(service, port))).await;
         }
-        Traffic::Forward => forward::accept(worker, stream).await,
-        Traffic::Inbound => inbound::accept(worker, stream, None).await,
-        Traffic::Door(port) => inbound::accept(worker, stream, Some(port)).await,
-        Traffic::Published(port) => inbound::accept_published(worker, stream, port).await,
+        Traffic::Forward => Box::pin(forward::accept(worker, stream)).await,
+        Traffic::Inbound => Box::pin(inbound::accept(worker, stream, None)).await,
+        Traffic::Door(port) => Box::pin(inbound::accept(worker, stream, Some(port))).await,
+        Traffic::Published(port) => Box::pin(inbound::accept_published(worker, stream, port)).await,
     }
 }
 

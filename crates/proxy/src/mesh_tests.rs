@@ -3,12 +3,14 @@
 mod certificates;
 mod framing;
 mod reasons;
+mod resources;
 mod websocket;
 
 use crate::body::Body;
 use crate::drain::{self, Phase};
 use crate::listen::{Open, Traffic, accept};
 use crate::metrics::Metrics;
+use crate::overload::Overload;
 use crate::plan::{self, Capture, Mode, Plan, PlannedPort};
 use crate::sync::{Demand, Demands};
 use crate::testing::Authority;
@@ -84,12 +86,14 @@ fn beside(ca: &Authority, name: &str, ports: &[u16], mode: Mode) -> Beside {
 fn beside_with(ca: &Authority, name: &str, plan: Plan) -> Beside {
     let (leave, watch) = drain::channel();
     let (demand, demands) = Demand::channel();
+    let metrics = Arc::new(Metrics::new(1000));
     let proxy = Arc::new(Proxy {
         plan,
         snapshot: Arc::new(ArcSwap::from_pointee(Snapshot::new(DnsLabel::parse("default").unwrap()))),
         demand,
         credentials: Arc::new(ArcSwapOption::from(Some(ca.credentials("default", name)))),
-        metrics: Arc::new(Metrics::new(1000)),
+        overload: Overload::new(metrics.clone(), 1024, None),
+        metrics,
         endpoints: Arc::new(Table::default()),
         drain: watch,
         inside: None,
@@ -895,6 +899,7 @@ async fn forward_door(api: &Beside) -> SocketAddr {
         credentials: old.credentials.clone(),
         metrics: old.metrics.clone(),
         endpoints: old.endpoints.clone(),
+        overload: old.overload.clone(),
         drain: old.drain.clone(),
         inside: None,
         listening: None,

@@ -302,6 +302,16 @@ counters! {
 }
 
 counters! {
+    /// What was given up because a limit of the proxy itself was reached, beside what was refused.
+    Shed {
+        /// A connection that carried nothing, to make room for another.
+        Idle => "idle",
+        /// A connection in use, one of those that were accepted last: memory was at its end.
+        Youngest => "youngest",
+    }
+}
+
+counters! {
     /// How a DNS question was answered.
     Dns {
         /// With addresses of the mesh.
@@ -328,6 +338,13 @@ pub struct Metrics {
     epoch_micros: u64,
     refused: [AtomicU64; Refused::ALL.len()],
     refused_connections: [AtomicU64; Cause::ALL.len()],
+    shed: [AtomicU64; Shed::ALL.len()],
+    /// Connections of clients, and the most there may be.
+    pub(crate) clients_open: AtomicI64,
+    pub(crate) clients_limit: AtomicU64,
+    /// Bytes that the process holds, and may hold.
+    pub(crate) memory: AtomicU64,
+    pub(crate) memory_limit: AtomicU64,
     dns: [AtomicU64; Dns::ALL.len()],
     control_connected: AtomicBool,
     certificate_expires_s: AtomicU64,
@@ -351,6 +368,11 @@ impl Metrics {
             epoch_micros: u64::try_from(epoch.as_micros()).unwrap_or_default(),
             refused: Default::default(),
             refused_connections: [const { AtomicU64::new(0) }; Cause::ALL.len()],
+            shed: Default::default(),
+            clients_open: AtomicI64::new(0),
+            clients_limit: AtomicU64::new(0),
+            memory: AtomicU64::new(0),
+            memory_limit: AtomicU64::new(0),
             dns: Default::default(),
             control_connected: AtomicBool::new(false),
             certificate_expires_s: AtomicU64::new(0),
@@ -401,6 +423,11 @@ impl Metrics {
     /// Counts a connection that was refused before its edge was known.
     pub fn refused_connection(&self, cause: Cause) {
         self.refused_connections[cause as usize].fetch_add(1, Relaxed);
+    }
+
+    /// Counts connections that were given up.
+    pub fn shed(&self, what: Shed, count: usize) {
+        self.shed[what as usize].fetch_add(count as u64, Relaxed);
     }
 
     /// Counts an answered DNS question.

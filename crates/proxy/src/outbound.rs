@@ -82,8 +82,8 @@ pub async fn refuse(worker: Rc<Worker>, stream: TcpStream, cause: Cause) {
 /// Serves a connection of which it is known where it leads, and some bytes may have been read.
 pub(crate) async fn converse(worker: Rc<Worker>, mut io: Io, mut prefix: BytesMut, destination: Destination) {
     match detection::verdict(&worker, &destination, &mut io, &mut prefix).await {
-        Verdict::Http(spoken) => http(worker, io, prefix, spoken, destination).await,
-        Verdict::Bytes(opened) => bytes(&worker, io, prefix.freeze(), &destination, opened).await,
+        Verdict::Http(spoken) => Box::pin(http(worker, io, prefix, spoken, destination)).await,
+        Verdict::Bytes(opened) => Box::pin(bytes(&worker, io, prefix.freeze(), &destination, opened)).await,
         Verdict::Gone => {}
     }
 }
@@ -180,7 +180,7 @@ async fn http(worker: Rc<Worker>, io: Io, prefix: BytesMut, spoken: Spoken, dest
     let service = async move |request| serve(&own, &destination, request).await;
     let own = worker.clone();
     let unread = move |spoken| unread(&own, spoken);
-    connection::serve(&worker, io, prefix, spoken, unread, service).await;
+    connection::serve(&worker, io, prefix, spoken, None, unread, service).await;
 }
 
 /// Begins the account of a request that cannot be read.
@@ -212,6 +212,7 @@ async fn forward(
     outgoing: &mut send::Outgoing,
     record: &mut Record,
 ) -> Result<Response, RequestError> {
+    worker.begin_request()?;
     let protocol = protocol_of(&outgoing.head);
     match destination {
         Destination::Service(service, port) => to_service(worker, service, *port, outgoing, record).await,

@@ -112,6 +112,15 @@ pub fn quiet(socket: RawFd) -> io::Result<Quiet> {
     Ok(Quiet { since_answer, resent: if info.tcpi_unacked == 0 { 0 } else { info.tcpi_retransmits } })
 }
 
+/// How many bytes that were written to a connection its other side has not acknowledged (SIOCOUTQ); 0 where that cannot
+/// be told.
+pub fn unacknowledged(socket: &impl AsRawFd) -> u64 {
+    let mut count: libc::c_int = 0;
+    // SAFETY: The call writes one int, which is ours; what is no socket is answered with an error.
+    let got = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut count) };
+    if got < 0 { 0 } else { u64::try_from(count).unwrap_or_default() }
+}
+
 /// Reads an option that is plain numbers.
 fn socket_option<T: Copy>(socket: RawFd, level: i32, name: i32) -> io::Result<T> {
     let mut value = std::mem::MaybeUninit::<T>::zeroed();

@@ -207,6 +207,11 @@ impl Watched {
         self.body.poll_progress(cx);
     }
 
+    /// See [`Body::failed`].
+    pub fn failed(&mut self, cause: Cause) {
+        self.record.failed(cause);
+    }
+
     /// See [`Body::poll_frame`].
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame, BodyError>>> {
         let polled = self.body.poll_frame(cx);
@@ -470,10 +475,36 @@ impl Log {
     /// Writes a line, or leaves it out when the reader of the log is too slow: the log never slows a request.
     fn write(&self, line: &Line) {
         if let Ok(mut text) = serde_json::to_vec(line) {
+            if !is_harmless(&text) {
+                text = escaped(&text);
+            }
             text.push(b'\n');
             let _ = self.0.try_send(text);
         }
     }
+}
+
+/// Nothing but printable ASCII: what is more may be written by a caller to steer the terminal of who reads the log, or to
+/// turn the order of what is shown around.
+fn is_harmless(json: &[u8]) -> bool {
+    json.iter().all(|byte| matches!(byte, b' '..=b'~'))
+}
+
+/// The same JSON in printable ASCII: JSON writes none of the other characters outside of strings.
+fn escaped(json: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(json.len() * 2);
+    for char in String::from_utf8_lossy(json).chars() {
+        match char {
+            ' '..='~' => out.push(char as u8),
+            other => {
+                for unit in other.encode_utf16(&mut [0; 2]) {
+                    // Writing to memory does not fail.
+                    let _ = write!(out, "\\u{unit:04x}");
+                }
+            }
+        }
+    }
+    out
 }
 
 #[cfg(test)]
@@ -541,11 +572,12 @@ mod tests {
             }
         }
         let log = Log::start(Out(out)).unwrap();
-        let line = Line { target: "/\u{1b}[2J\"}\n".into(), ..Line::of_connection("inbound", "x") };
+        let target = "/\u{1b}[2J\"}\n\u{7f}\u{9b}1m\u{202e}\u{1f600}";
+        let line = Line { target: target.into(), ..Line::of_connection("inbound", "x") };
         drop(Record::begin(edge(), Some((log, line))));
         let written = lines.recv().unwrap();
-        assert!(written.strip_suffix(b"\n").unwrap().iter().all(|byte| *byte >= b' '));
+        assert!(written.strip_suffix(b"\n").unwrap().iter().all(|byte| (b' '..=b'~').contains(byte)));
         let parsed: serde_json::Value = serde_json::from_slice(&written).unwrap();
-        assert_eq!(parsed["reason"], "client-gone");
+        assert_eq!((&parsed["reason"], &parsed["target"]), (&"client-gone".into(), &target.into()));
     }
 }

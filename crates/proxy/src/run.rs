@@ -13,6 +13,7 @@ use crate::health::Watcher;
 use crate::identity::{IdentityError, Keeper, Wanted};
 use crate::link::Link;
 use crate::metrics::{Metrics, Refused};
+use crate::overload::Overload;
 use crate::plan::{self, Capture, FromSupervisor, Mode, Plan, Role, ToSupervisor};
 use crate::platform;
 use crate::state::{Directory, StateError};
@@ -434,6 +435,7 @@ impl OwnHalf {
             let listener = tokio::net::UnixListener::from_std(listener).map_err(system("listen for administration"))?;
             others.spawn(inspection.clone().serve_admin(listener));
         }
+        let overload = Overload::of_this_process(metrics.clone());
         let proxy = Arc::new(Proxy {
             plan: plan.clone(),
             snapshot: outputs.snapshot,
@@ -441,6 +443,7 @@ impl OwnHalf {
             credentials,
             metrics,
             endpoints: outputs.endpoints,
+            overload,
             drain,
             inside: sockets.inside,
             listening,

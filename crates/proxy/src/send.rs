@@ -117,7 +117,7 @@ pub(crate) async fn to_one_of(
     }
 }
 
-/// Takes the response, unless it says that the peer is leaving and has not processed the request.
+/// Takes the response, unless it says that the peer is leaving, or has no room, and has not processed the request.
 fn accept(chosen: &LiveEndpoint, mut response: Response, spare: Option<Body>) -> Result<Response, Failure> {
     let fields = &mut response.head.fields;
     if chosen.endpoint.hop == Hop::None {
@@ -128,11 +128,15 @@ fn accept(chosen: &LiveEndpoint, mut response: Response, spare: Option<Body>) ->
         chosen.state.shun();
         fields.remove_known(&[Known::SheerDrain]);
     }
-    let declined = response.head.status == StatusCode::SERVICE_UNAVAILABLE
-        && response.head.fields.get(Known::SheerReason).is_some_and(|it| it.starts_with(b"draining"));
-    match spare {
-        Some(body) if declined => {
-            Err(Failure { progress: Progress::Declined, cause: Cause::Draining, body: Some(body), source: None })
+    let declined = match response.head.status {
+        StatusCode::SERVICE_UNAVAILABLE => {
+            reason(&response).filter(|it| matches!(it, Cause::Draining | Cause::Overloaded))
+        }
+        _ => None,
+    };
+    match (spare, declined) {
+        (Some(body), Some(cause)) => {
+            Err(Failure { progress: Progress::Declined, cause, body: Some(body), source: None })
         }
         _ => Ok(response),
     }
@@ -144,6 +148,11 @@ fn told(chosen: &LiveEndpoint, response: &Response) -> Option<Cause> {
     if chosen.endpoint.hop == Hop::None || !may_be_failed {
         return None;
     }
+    reason(response)
+}
+
+/// The cause that a mesh peer names.
+fn reason(response: &Response) -> Option<Cause> {
     let reason = response.head.fields.get(Known::SheerReason)?;
     let name = reason.split(|byte| *byte == b';').next()?;
     Cause::parse(std::str::from_utf8(name).ok()?)
@@ -165,6 +174,7 @@ fn note(worker: &Worker, chosen: &LiveEndpoint, failure: &Failure) {
         | Cause::IdentityRefused
         | Cause::TlsFailed
         | Cause::Draining
+        | Cause::Overloaded
         | Cause::UpstreamReset => chosen.state.shun(),
         _ => {}
     }

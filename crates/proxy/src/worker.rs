@@ -3,8 +3,10 @@
 use crate::capture::listening::Ports;
 use crate::capture::netns::SocketSource;
 use crate::drain;
+use crate::idle::Idlers;
 use crate::listen;
-use crate::metrics::{Edge, EdgeKey, Metrics, Protocol, Side};
+use crate::metrics::{Edge, EdgeKey, Metrics, Protocol, Shed, Side};
+use crate::overload::Overload;
 use crate::plan::{Plan, Role};
 use crate::record::{Line, Log};
 use crate::sync::Demand;
@@ -14,6 +16,7 @@ use crate::upstream::pool::Pools;
 use crate::upstream::silence;
 use crate::upstream::tls::Credentials;
 use arc_swap::{ArcSwap, ArcSwapOption, Cache};
+use sheer_core::cause::Cause;
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::ServiceName;
 use sheer_core::route::Rule;
@@ -44,6 +47,8 @@ pub struct Proxy {
     pub metrics: Arc<Metrics>,
     /// The endpoints of services in use.
     pub endpoints: Arc<Table>,
+    /// What may be used of the host.
+    pub overload: Arc<Overload>,
     /// How far the proxy has come in leaving.
     pub drain: drain::Watch,
     /// Sockets inside the workload's namespace, where it has one of its own.
@@ -113,6 +118,8 @@ pub struct Worker {
     pub proxy: Arc<Proxy>,
     /// Connections.
     pub pools: Pools,
+    /// Clients' connections that are idle at times.
+    pub idlers: Idlers,
     /// `<namespace>/<name>` of the workload.
     pub at: Arc<str>,
     /// `<namespace>/<name>` of the workload's service.
@@ -179,6 +186,7 @@ impl Worker {
             Err(_) => proxy.plan.name.clone(),
         };
         Ok(Self {
+            idlers: Idlers::default(),
             pools: Pools::new(Connector::new(proxy.credentials.clone(), inside)),
             at: at.into(),
             source: service.map_or_else(|_| proxy.plan.service.clone(), |service| service.to_string()).into(),
@@ -220,6 +228,7 @@ impl Worker {
                 worker.pools.connector().end_vanished();
             }
         });
+        tokio::task::spawn_local(listen::keep_within_memory(self.clone(), connections.clone()));
         let (open, mut drain) = (connections.clone(), self.drain());
         tokio::task::spawn_local(async move {
             drain.overdue().await;
@@ -270,6 +279,23 @@ impl Worker {
         let found = cache.load().clone().map(Rc::new);
         live.insert(service.clone(), (cache, found.clone()));
         found
+    }
+
+    /// Ends what carries nothing: kept connections to endpoints, and up to so many idle ones of clients. How many of
+    /// the latter.
+    pub fn make_room(&self, count: usize) -> usize {
+        self.pools.close_idle();
+        let ended = self.idlers.let_go(count);
+        self.proxy.metrics.shed(Shed::Idle, ended);
+        ended
+    }
+
+    /// Whether a request may be begun.
+    ///
+    /// # Errors
+    /// [`Cause::Overloaded`] when there is no memory for it.
+    pub fn begin_request(&self) -> Result<(), Cause> {
+        if self.proxy.overload.begins() { Ok(()) } else { Err(Cause::Overloaded) }
     }
 
     /// A random number (xorshift64*): for balancing and shares, not for secrets.

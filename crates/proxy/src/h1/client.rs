@@ -265,6 +265,7 @@ impl Wire {
             SendFailure::Closed | SendFailure::Io(_) if silent => Cause::UpstreamReset,
             SendFailure::Closed | SendFailure::Io(_) | SendFailure::Response(_) => Cause::BadResponse,
             SendFailure::Body(BodyError::Malformed(_)) | SendFailure::Length => Cause::BadRequest,
+            SendFailure::Body(error) if error.is_too_slow() => Cause::BodyTimeout,
             SendFailure::Body(_) => Cause::ClientGone,
         };
         let body = self.sender.stop_untouched();

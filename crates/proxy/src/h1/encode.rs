@@ -50,7 +50,7 @@ impl Outgoing {
         &mut self.small
     }
 
-    fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.small.is_empty() && self.large.is_empty() && self.tail.is_empty()
     }
 

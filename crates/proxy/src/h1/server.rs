@@ -17,10 +17,13 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::decode::Decoder;
 use super::encode::{self, Asked, Encoding, Outgoing, SendFault, Sender};
+use super::pace::{Pace, Watch};
 use super::parse::{self, Framing, ParsedRequest, Refusal};
 use super::{Incoming, Upgraded, buffer};
 use crate::body::{Body, BodyError, Frame, Interim, InterimSink, Length, Request, Response};
+use crate::idle::Idler;
 use crate::io::Io;
+use crate::platform;
 
 /// What is read and thrown away of a request that was answered before its end, so that the connection lives on.
 const MAX_DRAINED: usize = 64 * 1024;
@@ -32,7 +35,7 @@ const LINGER: Duration = Duration::from_secs(2);
 const MAX_INTERIM_QUEUED: usize = 32;
 
 /// How a connection is served.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Options {
     /// Take CONNECT and requests for other hosts as a forward proxy does.
     pub forward_proxy: bool,
@@ -40,11 +43,21 @@ pub struct Options {
     pub head_timeout: Duration,
     /// Between two requests.
     pub idle_timeout: Duration,
+    /// How fast the client must be, where it must.
+    pub pace: Option<Pace>,
+    /// Ends the connection between two requests when there is no room for another.
+    pub idler: Option<Idler>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { forward_proxy: false, head_timeout: Duration::from_secs(10), idle_timeout: Duration::from_secs(60 * 60) }
+        Self {
+            forward_proxy: false,
+            head_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(60 * 60),
+            pace: None,
+            idler: None,
+        }
     }
 }
 
@@ -80,6 +93,9 @@ pub enum ConnError {
     /// The client closed or reset before it had the whole answer.
     #[error("the client was gone before it had its answer")]
     ClientGone,
+    /// The client took the answer too slowly.
+    #[error("the client took the answer too slowly")]
+    TooSlow,
     /// A response broke off in its body, and so did the answer to the client.
     #[error("the response broke off")]
     Response(#[source] BodyError),
@@ -99,56 +115,79 @@ pub enum ConnError {
 ///
 /// # Errors
 /// [`ConnError`]. The connection is closed in every case.
-pub async fn serve<S, T>(
+pub fn serve<S, T>(
     io: Io,
     prefix: BytesMut,
     options: &Options,
-    stop: impl Future<Output = ()>,
+    stop: impl Future<Output = ()> + Unpin,
+    service: S,
+) -> impl Future<Output = Result<Ended<T>, ConnError>>
+where
+    S: AsyncFn(Request) -> Outcome<T>,
+{
+    // Here, since an async function would have room for what it was given beside what it makes of it.
+    let link = Rc::new(Link { state: RefCell::new(State::new(io, prefix, options.pace)) });
+    serve_link(link, options, stop, service)
+}
+
+async fn serve_link<S, T>(
+    link: Rc<Link>,
+    options: &Options,
+    mut stop: impl Future<Output = ()> + Unpin,
     service: S,
 ) -> Result<Ended<T>, ConnError>
 where
     S: AsyncFn(Request) -> Outcome<T>,
 {
-    let link = Rc::new(Link { state: RefCell::new(State::new(io, prefix)) });
-    let mut stop = pin!(stop);
-    let mut pause = Pause::new(options, stop.as_mut());
+    let mut pause = Pause::new(options, Pin::new(&mut stop));
     loop {
+        // Nearly all connections wait here at any time. What else they do has its memory for as long as it is done: it
+        // is ten times what waiting takes.
         let parsed = match poll_fn(|cx| link.state().poll_request(cx, options, &mut pause)).await {
             Ok(Some(parsed)) => parsed,
             Ok(None) => {
-                close(&link, false).await;
+                Box::pin(close(&link, false)).await;
                 return Ok(Ended::Closed);
             }
             Err(error) => {
                 if let Some(answer) = error.refusal() {
-                    refuse(&link, answer).await;
+                    Box::pin(refuse(&link, answer)).await;
                 }
                 return Err(error);
             }
         };
-        let (request, exchange) = link.begin(parsed);
-        let outcome = {
-            let mut service = pin!(service(request));
-            poll_fn(|cx| match service.as_mut().poll(cx) {
-                Poll::Ready(outcome) => Poll::Ready(Ok(outcome)),
-                Poll::Pending => link.poll_meanwhile(cx, &exchange).map(Err),
-            })
-            .await?
-        };
-        match outcome {
-            Outcome::Response(response) => {
-                if !answer(&link, response, &exchange).await? {
-                    return Ok(Ended::Closed);
-                }
-            }
-            Outcome::Tunnel(response, tunnel) => {
-                let upgraded = open_tunnel(&link, response).await?;
-                return Ok(Ended::Tunnel(upgraded, tunnel));
-            }
-            Outcome::Close => {
-                close(&link, false).await;
-                return Ok(Ended::Closed);
-            }
+        if let Some(ended) = Box::pin(exchange(&link, parsed, &service)).await? {
+            return Ok(ended);
+        }
+    }
+}
+
+/// Serves one request; how the connection ended, if it did.
+async fn exchange<S, T>(link: &Rc<Link>, parsed: ParsedRequest, service: &S) -> Result<Option<Ended<T>>, ConnError>
+where
+    S: AsyncFn(Request) -> Outcome<T>,
+{
+    let (request, exchange) = link.begin(parsed);
+    let outcome = {
+        let mut service = pin!(service(request));
+        poll_fn(|cx| match service.as_mut().poll(cx) {
+            Poll::Ready(outcome) => Poll::Ready(Ok(outcome)),
+            Poll::Pending => link.poll_meanwhile(cx, &exchange).map(Err),
+        })
+        .await?
+    };
+    match outcome {
+        Outcome::Response(response) => match answer(link, response, &exchange).await? {
+            true => Ok(None),
+            false => Ok(Some(Ended::Closed)),
+        },
+        Outcome::Tunnel(response, tunnel) => {
+            let upgraded = open_tunnel(link, response).await?;
+            Ok(Some(Ended::Tunnel(upgraded, tunnel)))
+        }
+        Outcome::Close => {
+            close(link, false).await;
+            Ok(Some(Ended::Closed))
         }
     }
 }
@@ -182,14 +221,28 @@ async fn answer(link: &Rc<Link>, response: Response, exchange: &Exchange) -> Res
     let ends_with_connection = encoding == Encoding::UntilClose;
     sender.begin(body, encoding);
     drop(head);
+    let mut watch = None;
     let sent = poll_fn(|cx| {
         match sender.poll_send(cx, |out, cx| link.state().poll_flush(out, cx)) {
             Poll::Ready(sent) => Poll::Ready(Ok(sent)),
+            Poll::Pending if link.state().poll_slow_reader(cx, &sender.out, &mut watch).is_ready() => {
+                Poll::Ready(Err(ConnError::TooSlow))
+            }
             // A stream may say nothing for long; its client may leave meanwhile.
             Poll::Pending => link.state().poll_hangup(cx, exchange).map(Err),
         }
     })
-    .await?;
+    .await;
+    let sent = match sent {
+        Ok(sent) => sent,
+        Err(error) => {
+            if matches!(error, ConnError::TooSlow) {
+                sender.stop().failed(Cause::BodyTimeout);
+                link.state().abort(true);
+            }
+            return Err(error);
+        }
+    };
     match sent {
         Ok(()) => {}
         Err(SendFault::Io(_)) => return Err(ConnError::ClientGone),
@@ -274,7 +327,11 @@ impl ConnError {
                 status: Cause::HeadTimeout.status(),
                 detail: "the head of the request did not arrive in time",
             }),
-            ConnError::ClientGone | ConnError::Response(_) | ConnError::ResponseLength | ConnError::Io(_) => None,
+            ConnError::ClientGone
+            | ConnError::TooSlow
+            | ConnError::Response(_)
+            | ConnError::ResponseLength
+            | ConnError::Io(_) => None,
         }
     }
 }
@@ -343,6 +400,11 @@ struct State {
     interim_out: Outgoing,
     /// Who writes interim answers, should somebody else bring one.
     writer: Option<Waker>,
+    pace: Option<Pace>,
+    /// Watches the current request's body, where its length was announced: who streams may pause.
+    slow_upload: Option<Box<Watch>>,
+    /// Bytes read of the current request's body.
+    uploaded: u64,
 }
 
 impl Link {
@@ -360,6 +422,8 @@ impl Link {
         state.continued = false;
         state.interim.clear();
         state.decoder = Decoder::Done;
+        state.slow_upload = None;
+        state.uploaded = 0;
         let body = match framing {
             Framing::None | Framing::UntilClose => Body::Empty,
             Framing::Length(length) if length <= state.read.len() as u64 => {
@@ -417,7 +481,7 @@ impl InterimSink for Link {
 }
 
 impl State {
-    fn new(io: Io, read: BytesMut) -> Self {
+    fn new(io: Io, read: BytesMut, pace: Option<Pace>) -> Self {
         Self {
             io: Some(io),
             read,
@@ -429,6 +493,9 @@ impl State {
             interim: VecDeque::new(),
             interim_out: Outgoing::default(),
             writer: None,
+            pace,
+            slow_upload: None,
+            uploaded: 0,
         }
     }
 
@@ -550,11 +617,38 @@ impl State {
             if self.ended {
                 return Poll::Ready(Some(Err(BodyError::Truncated)));
             }
-            match ready!(self.poll_fill(cx)) {
-                Ok(_) => {}
-                Err(error) => return Poll::Ready(Some(Err(BodyError::Io(error)))),
+            match self.poll_fill(cx) {
+                Poll::Ready(Ok(count)) => {
+                    self.uploaded += count as u64;
+                    if let Some(watch) = &mut self.slow_upload {
+                        watch.rest();
+                    }
+                }
+                Poll::Ready(Err(error)) => return Poll::Ready(Some(Err(BodyError::Io(error)))),
+                Poll::Pending => return self.poll_slow_upload(cx).map(|()| Some(Err(BodyError::too_slow()))),
             }
         }
+    }
+
+    /// Ready when the client sends the current request's body too slowly.
+    fn poll_slow_upload(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let (Some(pace), Length::Known(_)) = (self.pace, self.decoder.remaining()) else { return Poll::Pending };
+        let uploaded = self.uploaded;
+        let watch = self.slow_upload.get_or_insert_with(|| Box::new(Watch::new(pace)));
+        watch.poll(cx, || uploaded)
+    }
+
+    /// Ready when the client takes what is written too slowly. While there is nothing to write it is not waited for.
+    fn poll_slow_reader(&self, cx: &mut Context<'_>, out: &Outgoing, watch: &mut Option<Watch>) -> Poll<()> {
+        let Some(pace) = self.pace else { return Poll::Pending };
+        if out.is_empty() {
+            watch.iter_mut().for_each(Watch::rest);
+            return Poll::Pending;
+        }
+        // The kernel takes a megabyte at once, and nothing for as long as that lasts: what has arrived is what counts.
+        let socket = self.io.as_ref().and_then(Io::socket);
+        let arrived = || out.written.saturating_sub(socket.map_or(0, platform::unacknowledged));
+        watch.get_or_insert_with(|| Watch::new(pace)).poll(cx, arrived)
     }
 
     /// At the end of a body that another task has read, the loop is told to look out for the client again.
@@ -610,6 +704,7 @@ impl Upload {
 /// What a connection waits with between requests. No timer is armed for a request that comes whole.
 struct Pause<'a, F> {
     stop: Pin<&'a mut F>,
+    idler: Option<&'a Idler>,
     stopped: bool,
     idle_timeout: Duration,
     head_timeout: Duration,
@@ -625,9 +720,10 @@ struct Pause<'a, F> {
 }
 
 impl<'a, F: Future<Output = ()>> Pause<'a, F> {
-    fn new(options: &Options, stop: Pin<&'a mut F>) -> Self {
+    fn new(options: &'a Options, stop: Pin<&'a mut F>) -> Self {
         Self {
             stop,
+            idler: options.idler.as_ref(),
             stopped: false,
             idle_timeout: options.idle_timeout,
             head_timeout: options.head_timeout,
@@ -642,6 +738,7 @@ impl<'a, F: Future<Output = ()>> Pause<'a, F> {
     /// A head is complete.
     fn over(&mut self) {
         self.since = None;
+        self.idler.iter().for_each(|idler| idler.works());
         self.slow_head = None;
         self.searched = 0;
         self.empty_line = false;
@@ -654,6 +751,9 @@ impl<'a, F: Future<Output = ()>> Pause<'a, F> {
             return Poll::Ready(());
         }
         let since = *self.since.get_or_insert_with(Instant::now);
+        if self.idler.is_some_and(|idler| idler.poll_leave(cx, since).is_ready()) {
+            return Poll::Ready(());
+        }
         let timer = self.idle.get_or_insert_with(|| Box::pin(sleep(self.idle_timeout)));
         while timer.as_mut().poll(cx).is_ready() {
             let end = since + self.idle_timeout;

@@ -4,6 +4,7 @@ use super::certificates::{NAME, Stranger};
 use super::*;
 use crate::io::Io;
 use crate::outbound::{self, Destination};
+use crate::overload::memory::Level;
 use crate::record::Log;
 use bytes::BytesMut;
 use rcgen::CertificateParams;
@@ -14,11 +15,7 @@ use std::sync::Mutex;
 use tokio::net::TcpSocket;
 
 /// Causes that nothing can raise yet, and why.
-const UNRAISED: &[(Cause, &str, &str)] = &[(
-    Cause::Overloaded,
-    "Overloaded",
-    "limits of the proxy itself are not built yet; the log of a full proxy is its kernel's",
-)];
+const UNRAISED: &[(Cause, &str, &str)] = &[];
 
 macro_rules! provoked {
     ($($test:ident: $cause:ident;)*) => {
@@ -36,6 +33,7 @@ provoked! {
     bad_request: BadRequest;
     head_too_large: HeadTooLarge;
     head_timeout: HeadTimeout;
+    body_timeout: BodyTimeout;
     client_gone: ClientGone;
     plaintext_refused: PlaintextRefused;
     peer_untrusted: PeerUntrusted;
@@ -53,6 +51,7 @@ provoked! {
     no_endpoint: NoEndpoint;
     control_plane_away: ControlPlaneAway;
     draining: Draining;
+    overloaded: Overloaded;
     circle: Loop;
     no_identity: NoIdentity;
     identity_mismatch: IdentityMismatch;
@@ -232,6 +231,24 @@ mod provoke {
         api.answered(&answer, cause).await;
     }
 
+    /// Somebody whom nobody knows sends a part of what was announced.
+    pub(super) async fn body_timeout(cause: Cause) {
+        let port = saying(None).await;
+        let web = side(&Authority::new("mesh.internal"), "web", &[port]);
+        let door = web.door(Traffic::Published(port)).await;
+        let mut stream = TcpStream::connect(door).await.unwrap();
+        stream.write_all(b"POST / HTTP/1.1\r\nHost: web\r\nContent-Length: 9\r\n\r\nabc").await.unwrap();
+        until("it is served", || !web.proxy.metrics.edges().is_empty()).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        tokio::time::pause();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\n") {
+            assert!(stream.read_buf(&mut answer).await.unwrap() > 0);
+        }
+        tokio::time::resume();
+        web.answered(&String::from_utf8_lossy(&answer), cause).await;
+    }
+
     /// Nobody is left to read a header.
     pub(super) async fn client_gone(cause: Cause) {
         let (api, web, door) = pair(Protocol::Http, saying(None).await).await;
@@ -358,6 +375,18 @@ mod provoke {
         let (api, web, door) = pair(Protocol::Http, 1).await;
         web.leave.set(Phase::Refusing);
         let answer = get(door, "/").await;
+        api.answered(&answer, cause).await;
+    }
+
+    /// No memory is left for another request.
+    pub(super) async fn overloaded(cause: Cause) {
+        let (api, door) = alone(&[]).await;
+        let mut stream = TcpStream::connect(door).await.unwrap();
+        until("it is admitted", || api.proxy.metrics.exposition().contains("sheer_clients_open 1\n")).await;
+        api.proxy.overload.set_level(Level::Pressed);
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
         api.answered(&answer, cause).await;
     }
 

@@ -3,7 +3,7 @@
 //! Series of an edge have the labels `side`, `source`, `destination`, `route`, `backend`, `protocol` and `mtls`; requests
 //! and closed connections also `status`, `grpc_status` and `reason`.
 
-use super::{Dns, Edge, EdgeKey, Histogram, Metrics, Protocol, Refused};
+use super::{Dns, Edge, EdgeKey, Histogram, Metrics, Protocol, Refused, Shed};
 use sheer_core::cause::Cause;
 use sheer_core::histogram;
 use std::fmt::Write as _;
@@ -58,6 +58,19 @@ impl Metrics {
                 sample(text, "sheer_connections_refused_total", &labels, count);
             }
         }
+        head(text, "sheer_connections_shed_total", "counter", "Connections given up because a limit was reached.");
+        for what in Shed::ALL {
+            let labels = format!("what=\"{}\"", what.as_str());
+            sample(text, "sheer_connections_shed_total", &labels, self.shed[*what as usize].load(Relaxed));
+        }
+        head(text, "sheer_clients_open", "gauge", "Connections of clients that are open.");
+        sample(text, "sheer_clients_open", "", self.clients_open.load(Relaxed).max(0));
+        head(text, "sheer_clients_limit", "gauge", "The most connections of clients, by the descriptors there are.");
+        sample(text, "sheer_clients_limit", "", self.clients_limit.load(Relaxed));
+        head(text, "sheer_memory_bytes", "gauge", "Memory that this process holds, without files.");
+        sample(text, "sheer_memory_bytes", "", self.memory.load(Relaxed));
+        head(text, "sheer_memory_limit_bytes", "gauge", "The memory limit that this process runs under.");
+        sample(text, "sheer_memory_limit_bytes", "", self.memory_limit.load(Relaxed));
         head(text, "sheer_dns_questions_total", "counter", "DNS questions of the workload, by how they were answered.");
         for how in Dns::ALL {
             let labels = format!("answer=\"{}\"", how.as_str());

@@ -18,6 +18,9 @@ use tokio::time::timeout;
 /// How long a client may be silent before its server is asked.
 const SILENCE: Duration = Duration::from_millis(50);
 
+/// How long a client's first words are waited for that tell one version of HTTP from the other.
+const FIRST_WORDS: Duration = Duration::from_secs(10);
+
 /// Ports whose servers speak first, or whose protocol is never HTTP: SMTP, submission, POP3, IMAP, SSH, FTP, MySQL,
 /// PostgreSQL, Redis, memcached, AMQP, MongoDB, Cassandra, ZooKeeper, Kafka, NATS, MQTT.
 const OPAQUE_PORTS: &[u16] =
@@ -44,11 +47,11 @@ pub(super) async fn verdict(worker: &Worker, to: &Destination, io: &mut Io, pref
     match declared {
         snapshot::Protocol::Http2 | snapshot::Protocol::Grpc => Verdict::Http(Spoken::Http2),
         snapshot::Protocol::Tcp | snapshot::Protocol::Tls => Verdict::Bytes(None),
-        snapshot::Protocol::Http => match detect::detect(io, prefix).await {
-            Ok(Some(Protocol::Http2)) => Verdict::Http(Spoken::Http2),
-            // Whatever else it is, the codec says what is wrong with it.
-            Ok(Some(_)) => Verdict::Http(Spoken::Http1),
-            Ok(None) | Err(_) => Verdict::Gone,
+        snapshot::Protocol::Http => match timeout(FIRST_WORDS, detect::detect(io, prefix)).await {
+            Ok(Ok(Some(Protocol::Http2))) => Verdict::Http(Spoken::Http2),
+            // Whatever else it is, the codec says what is wrong with it, or that it was too slow.
+            Ok(Ok(Some(_))) | Err(_) => Verdict::Http(Spoken::Http1),
+            Ok(Ok(None) | Err(_)) => Verdict::Gone,
         },
         snapshot::Protocol::Detect if OPAQUE_PORTS.contains(&port) || is_learned(worker, to) => Verdict::Bytes(None),
         snapshot::Protocol::Detect => match timeout(SILENCE, detect::detect(io, prefix)).await {

@@ -221,6 +221,7 @@ async fn tcp(connecting: impl Future<Output = io::Result<TcpStream>>) -> Result<
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             let cause = match error.kind() {
+                _ if is_without_descriptor(&error) => Cause::Overloaded,
                 io::ErrorKind::ConnectionRefused => Cause::ConnectRefused,
                 io::ErrorKind::TimedOut => Cause::ConnectTimeout,
                 _ => Cause::ConnectFailed,
@@ -231,6 +232,11 @@ async fn tcp(connecting: impl Future<Output = io::Result<TcpStream>>) -> Result<
     };
     stream.set_nodelay(true).map_err(|error| DialError { cause: Cause::ConnectFailed, source: Some(error.into()) })?;
     Ok(stream)
+}
+
+/// Whether this process, or the machine, has no descriptor left.
+fn is_without_descriptor(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
 /// Applications trust 127.0.0.1; peers must not inherit that. In a shared namespace the rules tell a delivery from a dial

@@ -162,9 +162,23 @@ impl Pools {
         identities: &Arc<[SpiffeId]>,
     ) -> Result<(Io, Option<Answered>), DialError> {
         // Boxed, since it is rare and its state is larger than all the rest of a request's.
-        let connecting = self.connector.connect(&peer.place, carried, identities, &peer.sessions);
-        let (io, answered) = Box::pin(connecting).await?;
+        let connect = || Box::pin(self.connector.connect(&peer.place, carried, identities, &peer.sessions));
+        let (io, answered) = match connect().await {
+            // What is kept open for later makes room for what is needed now.
+            Err(error) if error.cause == Cause::Overloaded => {
+                self.close_idle();
+                connect().await?
+            }
+            other => other?,
+        };
         Ok((io, answered.map(|id| Answered::new(id, identities.clone()))))
+    }
+
+    /// Closes connections that carry nothing.
+    pub fn close_idle(&self) {
+        for peer in self.peers.borrow().values() {
+            peer.idle.borrow_mut().clear();
+        }
     }
 
     /// Closes what has not been used for long, and forgets endpoints that are no longer listed.

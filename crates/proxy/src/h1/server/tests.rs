@@ -321,3 +321,75 @@ proptest::proptest! {
         proptest::prop_assert_eq!(whole, split);
     }
 }
+
+/// A client whom nobody knows.
+fn stranger() -> Options {
+    Options { pace: Some(Pace { within: Duration::from_secs(60), bytes: 4096 }), ..Options::default() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stranger_who_trickles_a_body_is_cut_off_and_one_who_is_known_is_not() {
+    for (options, limit) in [(stranger(), Some(60..=61)), (Options::default(), None)] {
+        let (mut client, io) = open(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n").await;
+        let (read, mut write) = tokio::io::split(&mut client);
+        let trickle = async {
+            for _ in 0..1000 {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                if write.write_all(b"x").await.is_err() {
+                    break;
+                }
+            }
+            std::future::pending::<()>().await;
+        };
+        let mut read = tokio::io::BufReader::new(read);
+        let start = Instant::now();
+        let serving = serve(io, BytesMut::new(), &options, std::future::pending(), async |request: Request| {
+            match collect(request.body).await {
+                Ok(body) => reply(200, format!("{}", body.len())),
+                Err(error) => reply(408, format!("slow: {}", error.is_too_slow())),
+            }
+        });
+        let mut answer = vec![0; 512];
+        tokio::select! {
+            read = read.read(&mut answer) => answer.truncate(read.unwrap()),
+            _ = serving => panic!("ended"),
+            () = trickle => {}
+        }
+        let answer = String::from_utf8(answer).unwrap();
+        match limit {
+            Some(limit) => {
+                assert!(answer.ends_with("slow: true") && limit.contains(&start.elapsed().as_secs()), "{answer}");
+            }
+            None => assert!(answer.ends_with("\r\n\r\n1000"), "{answer}"),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stranger_who_does_not_read_is_cut_off_and_one_who_is_known_is_not() {
+    for (options, is_cut) in [(stranger(), true), (Options::default(), false)] {
+        let (_client, io) = open(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
+        let large = async |_| reply(200, vec![b'x'; 100_000]);
+        let serving = serve(io, BytesMut::new(), &options, std::future::pending(), large);
+        let served = tokio::time::timeout(Duration::from_secs(3600), serving).await;
+        assert_eq!(matches!(served, Ok(Err(ConnError::TooSlow))), is_cut, "{served:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stranger_whose_server_is_slow_is_waited_for() {
+    let (mut client, io) = open(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await;
+    let slow = async |_| {
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        reply(200, "at last")
+    };
+    let options = stranger();
+    let read = async {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    let serving = serve(io, BytesMut::new(), &options, std::future::pending(), slow);
+    let (answer, _) = tokio::join!(read, serving);
+    assert!(answer.ends_with("at last"), "{answer}");
+}

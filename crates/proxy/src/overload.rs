@@ -1,0 +1,160 @@
+//! What a proxy may use of its host, and what it gives up when that comes to its end: descriptors and memory.
+//!
+//! Connections of clients are counted against the descriptors that the process may have, so that each of them can have
+//! one to an endpoint, and the proxy itself what it needs to be looked at. Memory is what the process holds against the
+//! limit that it runs under. Beyond three quarters of that nothing new is begun; beyond seven eighths what was begun last
+//! ends. All of it fails with [`Cause::Overloaded`](sheer_core::cause::Cause), which provably processed nothing.
+
+pub mod memory;
+
+use crate::metrics::Metrics;
+use memory::{Level, Memory};
+use nix::sys::resource::{Resource, getrlimit};
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+/// Descriptors that are not for traffic: the proxy's own files and listeners, 64 connections of people and programs that
+/// look at it, resolvers. A quarter of all where that is less.
+const RESERVED: usize = 128;
+
+/// How often memory is looked at while there is plenty.
+pub const CALM: Duration = Duration::from_millis(500);
+
+/// The same from half of the limit on: as fast as bodies can fill a tenth of a small one.
+pub const ALERT: Duration = Duration::from_millis(20);
+
+/// Begun requests and connections after which memory is looked at as well: each of them may come to hold 256 KiB, all
+/// together 8 MiB, an eighth of the smallest limit that is any use.
+const BEGUN: usize = 32;
+
+/// Which way a connection goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From the workload.
+    Out,
+    /// To the workload.
+    In,
+}
+
+/// What a proxy may use, and uses.
+pub struct Overload {
+    metrics: Arc<Metrics>,
+    /// The most connections of clients.
+    most: usize,
+    clients: [AtomicUsize; 2],
+    level: AtomicU8,
+    begun: AtomicUsize,
+    memory: Option<Mutex<Memory>>,
+}
+
+/// A client's connection, for as long as it lives.
+pub struct Admitted(Arc<Overload>, Way);
+
+impl Overload {
+    /// The limits that this process runs under.
+    pub fn of_this_process(metrics: Arc<Metrics>) -> Arc<Self> {
+        let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+        Self::new(metrics, usize::try_from(descriptors).unwrap_or(usize::MAX), Memory::of_this_process())
+    }
+
+    /// So many descriptors, and this memory; none where it is not looked at.
+    pub fn new(metrics: Arc<Metrics>, descriptors: usize, memory: Option<Memory>) -> Arc<Self> {
+        let most = (descriptors - RESERVED.min(descriptors / 4)) / 2;
+        metrics.clients_limit.store(most as u64, Relaxed);
+        let overload = Self {
+            metrics,
+            most,
+            clients: [const { AtomicUsize::new(0) }; 2],
+            level: AtomicU8::new(Level::Calm as u8),
+            begun: AtomicUsize::new(0),
+            memory: memory.map(Mutex::new),
+        };
+        overload.look();
+        Arc::new(overload)
+    }
+
+    /// Admits a client's connection, unless there are as many as can be served. A sixteenth is kept for the other
+    /// direction: who keeps calling a workload must not keep it from calling others.
+    pub fn admit(self: &Arc<Self>, way: Way) -> Option<Admitted> {
+        if !self.begins() {
+            return None;
+        }
+        let (own, other) = (&self.clients[way as usize], &self.clients[1 - way as usize]);
+        // Counted first: several workers accept at once.
+        let now = own.fetch_add(1, Relaxed) + 1;
+        let admitted = Admitted(self.clone(), way);
+        self.metrics.clients_open.fetch_add(1, Relaxed);
+        let fits = now <= self.most - self.most / 16 && now + other.load(Relaxed) <= self.most;
+        fits.then_some(admitted)
+    }
+
+    /// Whether something new may be begun. To be asked once for each connection and request.
+    pub fn begins(&self) -> bool {
+        // An estimate is enough, so that workers do not wait for each other: a lost count is made up for by the next.
+        let begun = self.begun.load(Relaxed) + 1;
+        self.begun.store(begun, Relaxed);
+        if begun.is_multiple_of(BEGUN) {
+            self.look();
+        }
+        self.level.load(Relaxed) == Level::Calm as u8
+    }
+
+    /// How much memory is in use, as it was last looked at.
+    pub fn level(&self) -> Level {
+        Level::of(self.level.load(Relaxed))
+    }
+
+    /// The level that a test wants. It stays where no memory is looked at.
+    #[cfg(test)]
+    pub(crate) fn set_level(&self, level: Level) {
+        self.level.store(level as u8, Relaxed);
+    }
+
+    /// Looks at the memory, and says when to look again.
+    pub fn look(&self) -> Duration {
+        // Who finds it locked is told what the other one sees.
+        let Some(mut memory) = self.memory.as_ref().and_then(Mutex::try_lock) else { return CALM };
+        let seen = memory.look(self.level());
+        self.level.store(seen.level as u8, Relaxed);
+        self.metrics.memory.store(seen.own, Relaxed);
+        self.metrics.memory_limit.store(seen.limit, Relaxed);
+        if seen.own > seen.limit / 2 { ALERT } else { CALM }
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.0.clients[self.1 as usize].fetch_sub(1, Relaxed);
+        self.0.metrics.clients_open.fetch_sub(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neither_direction_takes_all_descriptors() {
+        let metrics = Arc::<Metrics>::default();
+        let overload = Overload::new(metrics.clone(), 512, None);
+        let fill = |way| std::iter::from_fn(|| overload.admit(way)).collect::<Vec<_>>();
+        // (512 - 128) / 2, less a sixteenth.
+        let calls = fill(Way::In);
+        assert_eq!(calls.len(), 180);
+        let own = fill(Way::Out);
+        assert_eq!(own.len(), 12);
+        drop(calls);
+        assert!(overload.admit(Way::In).is_some(), "what ends makes room at once");
+        assert_eq!(metrics.clients_open.load(Relaxed), 12);
+        drop(own);
+        assert_eq!(metrics.clients_open.load(Relaxed), 0);
+    }
+
+    #[test]
+    fn few_descriptors_still_serve() {
+        let overload = Overload::new(Arc::default(), 64, None);
+        assert_eq!(std::iter::from_fn(|| overload.admit(Way::Out)).collect::<Vec<_>>().len(), 23);
+    }
+}
