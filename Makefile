@@ -122,6 +122,12 @@ framing: $(FRAMING)/bin/python ## Play hostile messages against Sheer, Envoy and
 	$(CARGO) build --locked -p sheer-proxy --example mesh_path
 	@ENVOY=$$(scripts/envoy $(TARGET)) MESH_PATH=$(TARGET)/debug/examples/mesh_path $(FRAMING)/bin/python scripts/framing --write $(ARGS)
 
+.PHONY: resources
+resources: ## Slow, many and greedy clients against Sheer, Envoy and HAProxy, as root (writes docs/security/resources.md, an hour)
+	@scripts/packages resources
+	$(CARGO) build --locked --profile $(PROFILE) -p sheer-proxy --example mesh_path
+	@ENVOY=$$(scripts/envoy $(TARGET)) MESH_PATH=$(TARGET)/$(PROFILE)/examples/mesh_path python3 scripts/resources --write $(ARGS)
+
 .PHONY: differential
 differential: $(FRAMING)/bin/python ## Compare our HTTP/1 parser with h11 and llhttp over generated messages
 	$(CARGO) build --locked -p sheer-proxy --example read_http1
