@@ -397,6 +397,10 @@ impl Fleet {
     }
 
     fn goodbye(&self, control: &Control, uid: &str, session: u64, reason: &str) {
+        if self.members.lock().get(uid).is_some_and(|member| member.session != session) {
+            // Another proxy has taken the place of this one.
+            return;
+        }
         tracing::info!(%uid, reason = %reason.escape_default(), "a workload left");
         self.change(control, uid, session, |member| member.enter(Phase::Gone));
         control.telemetry.left(uid);

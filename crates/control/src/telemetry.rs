@@ -185,14 +185,38 @@ fn travelled(side: Side, reason: &str) -> bool {
 struct History {
     total: Sums,
     slots: VecDeque<(i64, Sums)>,
-    /// Reporter -> connections open there.
+    /// Reporter -> connections open there. A proxy whose place was taken reports under a name of its own.
     open: HashMap<String, i64>,
 }
 
+/// What a workload's proxy reported last.
 struct Seen {
     epoch: u64,
     sums: Sums,
     at: i64,
+    /// Of the proxy whose place it took, which counts on until its last connection has ended.
+    replaced: Option<(u64, Sums)>,
+}
+
+impl Seen {
+    /// Takes a report, and tells what the same process had reported before.
+    fn note(&mut self, epoch: u64, sums: Sums, now: i64) -> Option<Sums> {
+        self.at = now;
+        if epoch == self.epoch {
+            return Some(std::mem::replace(&mut self.sums, sums));
+        }
+        if epoch > self.epoch {
+            self.replaced = Some((std::mem::replace(&mut self.epoch, epoch), std::mem::replace(&mut self.sums, sums)));
+            return None;
+        }
+        match &mut self.replaced {
+            Some((of, before)) if *of == epoch => Some(std::mem::replace(before, sums)),
+            older => {
+                *older = Some((epoch, sums));
+                None
+            }
+        }
+    }
 }
 
 #[derive(Default)]
@@ -243,6 +267,7 @@ impl Telemetry {
     pub fn left(&self, uid: &str) {
         for history in self.inner.lock().edges.values_mut() {
             history.open.remove(uid);
+            history.open.remove(&of_replaced(uid));
         }
     }
 
@@ -331,14 +356,20 @@ impl Inner {
         if self.seen.len() >= MAX_SEEN && !self.seen.contains_key(&id) {
             return;
         }
-        let before = self.seen.get(&id).filter(|seen| seen.epoch == epoch);
+        let (before, newest) = match self.seen.get_mut(&id) {
+            Some(seen) => (seen.note(epoch, sums.clone(), now), seen.epoch),
+            None => {
+                self.seen.insert(id, Seen { epoch, sums: sums.clone(), at: now, replaced: None });
+                (None, epoch)
+            }
+        };
         let known = before.is_some();
-        let grown = before.map_or_else(|| sums.clone(), |seen| sums.since(&seen.sums));
-        self.seen.insert(id, Seen { epoch, sums, at: now });
+        let grown = before.map_or_else(|| sums.clone(), |before| sums.since(&before));
         let history = self.edges.entry(key).or_default();
+        let reporter = if epoch < newest { of_replaced(uid) } else { uid.to_owned() };
         match edge.connections_open {
-            open if open > 0 => history.open.insert(uid.to_owned(), open),
-            _ => history.open.remove(uid),
+            open if open > 0 => history.open.insert(reporter, open),
+            _ => history.open.remove(&reporter),
         };
         if grown.is_empty() {
             return;
@@ -399,6 +430,11 @@ impl History {
     fn opened_now(&self) -> i64 {
         self.open.values().sum()
     }
+}
+
+/// The reporter's name of a workload's former proxy.
+fn of_replaced(uid: &str) -> String {
+    format!("{uid}, replaced")
 }
 
 fn key_of(edge: &Edge) -> Key {
@@ -468,6 +504,27 @@ mod tests {
         assert_eq!(total.connections_open, 2);
         assert!((total.mesh_mean_s.unwrap() - 0.0001).abs() < 1e-9);
         assert!((total.p50_s.unwrap() - 0.001).abs() < 0.0002);
+    }
+
+    #[test]
+    fn a_proxy_and_the_one_that_it_replaced_count_side_by_side() {
+        let (telemetry, clock) = (Telemetry::default(), Clock::default());
+        let mut old = report(&clock, vec![edge(Side::Outbound, 10, 0)]);
+        let mut new = report(&clock, vec![edge(Side::Outbound, 3, 0)]);
+        new.epoch += 1;
+        telemetry.take("a", old.clone(), &clock);
+        telemetry.take("a", new.clone(), &clock);
+        (old.edges, new.edges) = (vec![edge(Side::Outbound, 14, 0)], vec![edge(Side::Outbound, 5, 0)]);
+        telemetry.take("a", old.clone(), &clock);
+        telemetry.take("a", new, &clock);
+        let now = |telemetry: &Telemetry| {
+            let total = telemetry.edges(None, 60, View::Best, &clock).rows[0].total.clone();
+            (total.requests, total.connections_open)
+        };
+        assert_eq!(now(&telemetry), (19, 4));
+        old.edges[0].connections_open = 0;
+        telemetry.take("a", old, &clock);
+        assert_eq!(now(&telemetry), (19, 2));
     }
 
     #[test]

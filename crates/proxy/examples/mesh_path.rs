@@ -148,6 +148,7 @@ fn plan(name: &str, ports: &[u16]) -> Plan {
         trust_forwarded: vec![],
         access_log: false,
         drain_grace_ms: 1000,
+        successor: false,
     }
 }
 

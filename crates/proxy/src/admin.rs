@@ -20,7 +20,7 @@ use sheer_core::snapshot::{Service, Snapshot};
 use std::convert::Infallible;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{Semaphore, watch};
 
@@ -49,16 +49,20 @@ pub struct Inspection {
 }
 
 impl Inspection {
-    /// Serves `/metrics`, `/ready` and `/live` until the future is dropped; the latter two also by the names that
-    /// Kubernetes gives them.
-    pub async fn serve_metrics(self: Arc<Self>, listener: TcpListener) {
+    /// Serves `/metrics`, `/ready` and `/live` until the future is dropped or another proxy does; the latter two also by
+    /// the names that Kubernetes gives them.
+    pub async fn serve_metrics(self: Arc<Self>, listener: TcpListener, mut drain: drain::Watch) {
         // A page in a browser of this host can have its own name lead here (DNS rebinding). Who listens for others is
         // called by names that nobody here knows.
         let is_loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
             let Ok(permit) = connections.clone().acquire_owned().await else { return };
-            match listener.accept().await {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = drain.replaced() => return,
+            };
+            match accepted {
                 Ok((stream, _)) => {
                     let inspection = self.clone();
                     tokio::spawn(async move {
@@ -75,13 +79,17 @@ impl Inspection {
         }
     }
 
-    /// Serves the same and `/config_dump` on a unix socket until the future is dropped.
-    pub async fn serve_admin(self: Arc<Self>, listener: UnixListener) {
+    /// Serves the same and `/config_dump` on a unix socket until the future is dropped or another proxy does.
+    pub async fn serve_admin(self: Arc<Self>, listener: UnixListener, mut drain: drain::Watch) {
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let own = nix::unistd::geteuid().as_raw();
         loop {
             let Ok(permit) = connections.clone().acquire_owned().await else { return };
-            match listener.accept().await {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = drain.replaced() => return,
+            };
+            match accepted {
                 Ok((stream, _)) => {
                     let admitted = stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own);
                     let inspection = self.clone();
@@ -107,6 +115,10 @@ impl Inspection {
             "/metrics" => with_type(StatusCode::OK, CONTENT_TYPE, self.metrics.exposition()),
             "/live" | "/livez" => text(StatusCode::OK, "live\n"),
             "/ready" | "/readyz" if self.drain.is_told() => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+            "/ready" | "/readyz" if self.has_ended() => text(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the certificate has ended: no peer takes it; is the clock right?\n",
+            ),
             "/ready" | "/readyz" if *self.serving.borrow() => text(StatusCode::OK, "ready\n"),
             "/ready" | "/readyz" => {
                 text(StatusCode::SERVICE_UNAVAILABLE, "waiting for certificate and configuration\n")
@@ -115,6 +127,11 @@ impl Inspection {
             _ if whole => text(StatusCode::NOT_FOUND, "there is /config_dump, /metrics, /ready and /live\n"),
             _ => text(StatusCode::NOT_FOUND, "there is /metrics, /ready and /live\n"),
         }
+    }
+
+    /// Whether the certificate is none any more, by this machine's clock.
+    fn has_ended(&self) -> bool {
+        self.credentials.load().as_ref().is_some_and(|it| it.not_after() <= SystemTime::now())
     }
 
     /// The configuration in force. Keys and tokens are not part of what it is made of.
@@ -292,7 +309,7 @@ mod tests {
         let (inspection, serving, signal) = inspection();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let task = tokio::spawn(inspection.serve_metrics(listener));
+        let task = tokio::spawn(inspection.serve_metrics(listener, drain::channel().1));
         let ask = async |path: &str| get(&mut TcpStream::connect(address).await.unwrap(), path).await.0;
         assert_eq!((ask("/live").await, ask("/ready").await), (200, 503));
         serving.send_replace(true);
@@ -312,7 +329,7 @@ mod tests {
         serving.send_replace(true);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let task = tokio::spawn(inspection.clone().serve_metrics(listener));
+        let task = tokio::spawn(inspection.clone().serve_metrics(listener, drain::channel().1));
         let metrics = async |host: &str| {
             let mut stream = TcpStream::connect(address).await.unwrap();
             ask(&mut stream, &format!("GET /metrics HTTP/1.1\r\nHost: {host}")).await.0
@@ -340,7 +357,7 @@ mod tests {
         // Who was told to listen for others is asked by any name.
         let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let task = tokio::spawn(inspection.serve_metrics(listener));
+        let task = tokio::spawn(inspection.serve_metrics(listener, drain::channel().1));
         let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         assert_eq!(ask(&mut stream, "GET /metrics HTTP/1.1\r\nHost: web.pods.example").await.0, 200);
         task.abort();
@@ -351,7 +368,7 @@ mod tests {
         let (inspection, _serving, _signal) = inspection();
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("admin.sock");
-        let task = tokio::spawn(inspection.serve_admin(UnixListener::bind(&path).unwrap()));
+        let task = tokio::spawn(inspection.serve_admin(UnixListener::bind(&path).unwrap(), drain::channel().1));
         let (status, answer) = get(&mut UnixStream::connect(&path).await.unwrap(), "/config_dump").await;
         assert_eq!(status, 200);
         let (_, body) = answer.split_once("\r\n\r\n").unwrap();

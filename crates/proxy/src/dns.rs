@@ -10,6 +10,7 @@ pub mod zone;
 
 pub use zone::Zone;
 
+use crate::drain;
 use crate::metrics::{Dns, Metrics};
 use arc_swap::ArcSwap;
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, ResponseCode};
@@ -73,12 +74,17 @@ impl Server {
         })
     }
 
-    /// Serves a UDP socket until the future is dropped.
-    pub async fn serve_udp(self: Arc<Self>, socket: UdpSocket) {
+    /// Serves a UDP socket until the future is dropped or another proxy does.
+    pub async fn serve_udp(self: Arc<Self>, socket: UdpSocket, mut drain: drain::Watch) {
         let socket = Arc::new(socket);
         let mut buffer = vec![0; MAX_QUESTION];
         loop {
-            let (length, client) = match socket.recv_from(&mut buffer).await {
+            // Neither arm takes a question that is not answered.
+            let received = tokio::select! {
+                received = socket.recv_from(&mut buffer) => received,
+                () = drain.replaced() => return,
+            };
+            let (length, client) = match received {
                 Ok(received) => received,
                 Err(error) => {
                     // ICMP errors of earlier answers arrive here; anything else must not spin.
@@ -111,13 +117,17 @@ impl Server {
         }
     }
 
-    /// Serves a TCP listener until the future is dropped.
-    pub async fn serve_tcp(self: Arc<Self>, listener: TcpListener) {
+    /// Serves a TCP listener until the future is dropped, or until another proxy does and all connections have ended.
+    pub async fn serve_tcp(self: Arc<Self>, listener: TcpListener, mut drain: drain::Watch) {
         let mut connections = tokio::task::JoinSet::new();
         loop {
             let Ok(permit) = self.connections.clone().acquire_owned().await else { return };
             while connections.try_join_next().is_some() {}
-            match listener.accept().await {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = drain.replaced() => break,
+            };
+            match accepted {
                 Ok((stream, _)) => {
                     let server = self.clone();
                     connections.spawn(async move {
@@ -131,6 +141,7 @@ impl Server {
                 }
             }
         }
+        while connections.join_next().await.is_some() {}
     }
 
     async fn serve_connection(&self, mut stream: TcpStream) -> std::io::Result<()> {

@@ -1,6 +1,9 @@
 //! Leaving without a failed request.
 //!
 //! The control thread sets the phase; every worker and connection watches it. See [`Phase`] for what each one means.
+//!
+//! A proxy also leaves when another process takes its place under a workload that stays. It is then *replaced*: what comes
+//! new comes to its successor, and its phases are about the connections that it still has. It refuses no request.
 
 use tokio::sync::watch;
 
@@ -24,17 +27,23 @@ pub enum Phase {
     Closing,
 }
 
+#[derive(Clone, Copy, Debug, Default)]
+struct State {
+    phase: Phase,
+    replaced: bool,
+}
+
 /// Sets the phase.
 #[derive(Debug)]
-pub struct Signal(watch::Sender<Phase>);
+pub struct Signal(watch::Sender<State>);
 
 /// Sees the phase.
 #[derive(Clone, Debug)]
-pub struct Watch(watch::Receiver<Phase>);
+pub struct Watch(watch::Receiver<State>);
 
 /// A phase, first [`Phase::Serving`].
 pub fn channel() -> (Signal, Watch) {
-    let (sender, receiver) = watch::channel(Phase::Serving);
+    let (sender, receiver) = watch::channel(State::default());
     (Signal(sender), Watch(receiver))
 }
 
@@ -42,24 +51,41 @@ impl Signal {
     /// Goes on to this phase. There is no way back.
     pub fn set(&self, phase: Phase) {
         self.0.send_if_modified(|now| {
-            let later = phase > *now;
+            let later = phase > now.phase;
             if later {
-                *now = phase;
+                now.phase = phase;
             }
             later
         });
+    }
+
+    /// Another proxy has taken this one's place: nothing new is accepted any more. There is no way back.
+    pub fn replace(&self) {
+        self.0.send_modify(|now| now.replaced = true);
     }
 }
 
 impl Watch {
     /// The phase now.
     pub fn phase(&self) -> Phase {
-        *self.0.borrow()
+        self.0.borrow().phase
     }
 
     /// True when peers should go elsewhere.
     pub fn is_told(&self) -> bool {
         self.phase() >= Phase::Told
+    }
+
+    /// Whether another proxy has taken this one's place.
+    pub fn is_replaced(&self) -> bool {
+        self.0.borrow().replaced
+    }
+
+    /// Waits until another proxy has taken this one's place. Cancel safe.
+    pub async fn replaced(&mut self) {
+        if self.0.wait_for(|now| now.replaced).await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Waits until peers are to be told. Never returns when the signal is gone before.
@@ -69,14 +95,14 @@ impl Watch {
 
     /// Waits for [`Phase::Overdue`]. Never returns when a later phase comes instead. Cancel safe.
     pub async fn overdue(&mut self) {
-        if self.0.wait_for(|now| *now == Phase::Overdue).await.is_err() {
+        if self.0.wait_for(|now| now.phase == Phase::Overdue).await.is_err() {
             std::future::pending::<()>().await;
         }
     }
 
     /// Waits until the phase is this one or a later one. Cancel safe.
     pub async fn reached(&mut self, phase: Phase) {
-        if self.0.wait_for(|now| *now >= phase).await.is_err() {
+        if self.0.wait_for(|now| now.phase >= phase).await.is_err() {
             std::future::pending::<()>().await;
         }
     }

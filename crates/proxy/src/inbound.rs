@@ -104,7 +104,7 @@ pub async fn accept(worker: Rc<Worker>, stream: TcpStream, port: Option<u16>) {
     let has_timed_out = looked.is_err();
     let is_mesh = match looked {
         // Before the handshake: the peer's proxy then knows that no byte was taken, and goes elsewhere.
-        Ok(Ok(Sniffed::Tls(hello))) if hello.offers_mesh_bytes && worker.phase() >= Phase::Refusing => {
+        Ok(Ok(Sniffed::Tls(hello))) if hello.offers_mesh_bytes && worker.refuses() => {
             turn_away(&worker, Cause::Draining);
             return tcp::reset(&Io::Plain(stream));
         }
@@ -411,8 +411,12 @@ async fn serve(worker: &Worker, session: &Session, request: Request) -> Answer {
     let (caller, mut record, mut outgoing) = begin(worker, session, request);
     let result = deliver(worker, session, &mut outgoing, &mut record).await;
     let mut answer = connection::answer(worker, caller, record, result);
-    if worker.phase() >= Phase::Told && matches!(session.caller, Who::Peer(_)) {
-        answer.say_leaving();
+    match (worker.phase() >= Phase::Told, &session.caller) {
+        (false, _) => {}
+        // Whoever calls again finds the next proxy at the same place.
+        (true, _) if worker.is_replaced() => answer.close(),
+        (true, Who::Peer(_)) => answer.say_leaving(),
+        (true, _) => {}
     }
     answer
 }
@@ -440,7 +444,7 @@ async fn deliver(
     outgoing: &mut Outgoing,
     record: &mut Record,
 ) -> Result<Response, RequestError> {
-    if worker.phase() >= Phase::Refusing {
+    if worker.refuses() {
         return Err(Cause::Draining.into());
     }
     worker.begin_request()?;
@@ -499,7 +503,7 @@ async fn bytes(worker: Rc<Worker>, mut near: Io, mut read: BytesMut, session: Se
 }
 
 async fn connect(worker: &Worker, session: &Session) -> Result<Io, Cause> {
-    if worker.phase() >= Phase::Refusing {
+    if worker.refuses() {
         return Err(Cause::Draining);
     }
     let place = session.to.clone()?;

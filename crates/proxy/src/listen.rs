@@ -151,15 +151,22 @@ impl Drop for OpenOne {
     }
 }
 
-/// Accepts until the worker ends. Each connection is a task of its own: one that panics takes nothing else with it.
+/// Accepts until the worker ends or another proxy accepts in its place. Each connection is a task of its own: one that
+/// panics takes nothing else with it.
 pub async fn accept(worker: Rc<Worker>, listener: TcpListener, traffic: Traffic, open: Open) {
     // What a listener has its connections inherit.
     let questions = socket2::TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 6).with_retries(3);
     if let Err(error) = socket2::SockRef::from(&listener).set_tcp_keepalive(&questions) {
         tracing::warn!(%error, "clients that vanish will not be noticed");
     }
+    let mut drain = worker.drain();
     loop {
-        match listener.accept().await {
+        // Neither arm loses a connection: one that was not accepted is the next proxy's.
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = drain.replaced() => return,
+        };
+        match accepted {
             Ok((stream, from)) => match admit(&worker, traffic.way()).await {
                 Some(admitted) => {
                     open.spawn(traffic.way(), admitted, serve(worker.clone(), stream, from, traffic.clone()));

@@ -71,6 +71,7 @@ pub(crate) fn plan(name: &str, ports: &[u16], mode: Mode) -> Plan {
         access_log: false,
         command: false,
         drain_grace_ms: 1000,
+        successor: false,
     }
 }
 

@@ -194,7 +194,12 @@ pub(crate) fn unread(worker: &Worker, spoken: Spoken) -> Record {
 pub(crate) async fn serve(worker: &Worker, destination: &Destination, request: Request) -> Answer {
     let (caller, mut record, mut outgoing) = begin(worker, request);
     let result = forward(worker, destination, &mut outgoing, &mut record).await;
-    connection::answer(worker, caller, record, result)
+    let mut answer = connection::answer(worker, caller, record, result);
+    if worker.is_replaced() {
+        // The workload's next connection is the next proxy's.
+        answer.close();
+    }
+    answer
 }
 
 /// Apart from [`serve`], whose future would hold what is borrowed here to its end.

@@ -75,6 +75,9 @@ pub struct Plan {
     pub command: bool,
     /// How long in-flight requests may last after draining began, in milliseconds.
     pub drain_grace_ms: u64,
+    /// Whether a proxy of this workload served before: what listens was found well, and is taken for well at once.
+    #[serde(default)]
+    pub successor: bool,
 }
 
 /// One port of the application.
@@ -238,6 +241,8 @@ pub enum ToSupervisor {
 pub enum FromSupervisor {
     /// Begin to drain: tell control plane and peers, serve on for a while.
     Drain,
+    /// Another proxy has taken this one's place and accepts what comes new: finish what is open.
+    Replaced,
     /// The command has ended: its endpoints leave at once.
     Gone,
     /// So many more packets that cannot be carried were refused.

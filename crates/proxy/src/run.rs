@@ -42,6 +42,12 @@ const SERVE_ON: Duration = Duration::from_secs(5);
 /// How long connections may take to end when the workload is gone or the grace is over.
 const CLOSING: Duration = Duration::from_secs(1);
 
+/// How long a proxy that was replaced leaves its connections as they are: those accepted at that moment have begun then.
+const BEGUN: Duration = Duration::from_secs(1);
+
+/// How long idle connections of a proxy that was replaced take to close at the end of its time.
+const IDLE_CLOSE: Duration = Duration::from_secs(2);
+
 /// How long the last words to the control plane may take.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -142,8 +148,17 @@ async fn live(plan: Plan, link: &mut Link) -> Result<(), Error> {
             error = &mut keeper => return Err(join(error)?.into()),
         });
     }
-    if let (Some(mut workers), Some(order)) = (workers, order) {
-        leave(order, &mut orders, &signal, &leaving, &mut workers, &proxy.plan).await;
+    match (workers, order) {
+        (Some(mut workers), Some(FromSupervisor::Replaced)) => {
+            // The next proxy's certificate is renewed by itself.
+            keeper.abort();
+            drop(doors);
+            give_way(&mut orders, &signal, &leaving, &mut workers, &proxy.plan).await;
+        }
+        (Some(mut workers), Some(order)) => {
+            leave(order, &mut orders, &signal, &leaving, &mut workers, &proxy.plan).await;
+        }
+        _ => {}
     }
     leaving.send_replace(Leaving::Done);
     // The last counts; without a control plane there is nobody to tell.
@@ -221,6 +236,39 @@ async fn leave(
         }
     }
     signal.set(Phase::Closing);
+    let _ = tokio::time::timeout(CLOSING, workers.join()).await;
+}
+
+/// Lets a successor take what comes new, and finishes what is open: nobody notices but by being told to connect again.
+async fn give_way(
+    orders: &mut Orders<'_>,
+    signal: &drain::Signal,
+    leaving: &watch::Sender<Leaving>,
+    workers: &mut Workers,
+    plan: &Plan,
+) {
+    let grace = Duration::from_millis(plan.drain_grace_ms);
+    let deadline = Instant::now() + grace.saturating_sub(IDLE_CLOSE + CLOSING);
+    leaving.send_replace(Leaving::Replaced);
+    signal.replace();
+    // Connections that were accepted just now have begun by then, and are told as well.
+    let mut gone = orders.gone_before(Instant::now() + BEGUN).await;
+    signal.set(Phase::Told);
+    // The workload is told to stop where its proxy of then is: what was drained here goes on.
+    let ended = async {
+        gone = gone || orders.gone_before(deadline).await;
+        if !gone {
+            // Idle connections close.
+            signal.set(Phase::Refusing);
+            gone = orders.gone_before(Instant::now() + IDLE_CLOSE).await;
+        }
+        signal.set(Phase::Ending);
+        tokio::time::sleep(CLOSING).await;
+    };
+    tokio::select! {
+        () = workers.join() => return,
+        () = ended => signal.set(Phase::Closing),
+    }
     let _ = tokio::time::timeout(CLOSING, workers.join()).await;
 }
 
@@ -380,7 +428,12 @@ impl OwnHalf {
         let trust = outputs.trust.subscribe();
         let keeper = Keeper::new(wanted, directory.clone(), credentials.clone(), trust, metrics.clone());
         let (demand, demands) = Demand::channel();
-        let (ports, ready_ports) = watch::channel(BTreeSet::new());
+        let tables = sockets.tables().map_err(system("read which ports listen"))?;
+        // A workload that was served until now is as well as it was: it does not leave its service for a moment.
+        let found = if plan.successor { tables.look().ok() } else { None };
+        let well =
+            plan.ports.iter().map(|it| it.port).filter(|port| found.as_ref().is_some_and(|it| it.contains(*port)));
+        let (ports, ready_ports) = watch::channel(well.collect::<BTreeSet<u16>>());
         let (leaving, leaving_receiver) = watch::channel(Leaving::No);
         let sync = Sync::new(Setup {
             namespace: service.namespace.clone(),
@@ -413,27 +466,27 @@ impl OwnHalf {
         });
 
         let mut others = JoinSet::new();
-        let tables = sockets.tables().map_err(system("read which ports listen"))?;
         let inside = sockets.inside.as_ref().map(SocketSource::attach).transpose();
         let inside = inside.map_err(system("use the namespace's sockets"))?;
-        others.spawn(Watcher::new(tables, &plan.ports, plan.health.as_deref(), inside, ports).run());
+        let watcher = Watcher::new(tables, &plan.ports, plan.health.as_deref(), inside, ports);
+        others.spawn(watcher.trusting(plan.successor).run());
         let listening = sockets.tables().ok();
         let dns = Server::new(outputs.zone.clone(), plan.resolvers.clone(), metrics.clone());
         for socket in sockets.dns_udp {
             let socket = tokio::net::UdpSocket::from_std(socket).map_err(system("listen for DNS"))?;
-            others.spawn(dns.clone().serve_udp(socket));
+            others.spawn(dns.clone().serve_udp(socket, drain.clone()));
         }
         for listener in sockets.dns_tcp {
             let listener = tokio::net::TcpListener::from_std(listener).map_err(system("listen for DNS"))?;
-            others.spawn(dns.clone().serve_tcp(listener));
+            others.spawn(dns.clone().serve_tcp(listener, drain.clone()));
         }
         for listener in sockets.metrics {
             let listener = tokio::net::TcpListener::from_std(listener).map_err(system("listen for metrics"))?;
-            others.spawn(inspection.clone().serve_metrics(listener));
+            others.spawn(inspection.clone().serve_metrics(listener, drain.clone()));
         }
         for listener in sockets.admin {
             let listener = tokio::net::UnixListener::from_std(listener).map_err(system("listen for administration"))?;
-            others.spawn(inspection.clone().serve_admin(listener));
+            others.spawn(inspection.clone().serve_admin(listener, drain.clone()));
         }
         let overload = Overload::of_this_process(metrics.clone());
         let proxy = Arc::new(Proxy {

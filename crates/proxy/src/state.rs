@@ -67,8 +67,25 @@ impl Directory {
     pub fn open(path: &Path) -> Result<Self, StateError> {
         use std::os::unix::fs::DirBuilderExt;
         match std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path) {
-            Ok(()) => Ok(Self(path.to_owned())),
+            Ok(()) => {
+                let directory = Self(path.to_owned());
+                directory.sweep();
+                Ok(directory)
+            }
             Err(source) => Err(StateError::Write { path: path.to_owned(), source }),
+        }
+    }
+
+    /// Removes what proxies that were killed had half written.
+    fn sweep(&self) {
+        for entry in std::fs::read_dir(&self.0).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let writer = name.to_str().filter(|it| it.starts_with('.')).and_then(|it| it.rsplit_once(".new-"));
+            let writer = writer.and_then(|(_, pid)| pid.parse::<u32>().ok());
+            if writer.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+                // It takes room, and that is all it does.
+                let _ = std::fs::remove_file(entry.path());
+            }
         }
     }
 
@@ -100,7 +117,8 @@ impl Directory {
     /// When it cannot be written; the old content is then still there.
     pub fn save(&self, name: &str, content: &[u8]) -> Result<(), StateError> {
         let path = self.0.join(name);
-        let beside = self.0.join(format!(".{name}.new"));
+        // While one proxy takes another's place both may write.
+        let beside = self.0.join(format!(".{name}.new-{}", std::process::id()));
         let write = || {
             let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
             file.write_all(&seal(content))?;
@@ -245,10 +263,21 @@ mod tests {
         let (_guard, directory) = directory();
         directory.save("x", b"one").unwrap();
         // A directory in the way of the temporary file stands for a full disk.
-        std::fs::create_dir(directory.0.join(".x.new")).unwrap();
+        std::fs::create_dir(directory.0.join(format!(".x.new-{}", std::process::id()))).unwrap();
         let error = directory.save("x", b"two").unwrap_err().to_string();
         assert!(error.contains("cannot write"), "{error}");
         assert_eq!(directory.load("x").unwrap().as_deref(), Some(&b"one"[..]));
+    }
+
+    #[test]
+    fn what_a_killed_proxy_had_half_written_is_removed() {
+        let (_guard, directory) = directory();
+        let (dead, living) =
+            (directory.0.join(".x.new-4194305"), directory.0.join(format!(".x.new-{}", std::process::id())));
+        [&dead, &living].into_iter().for_each(|path| std::fs::write(path, "half").unwrap());
+        Directory::open(&directory.0).unwrap();
+        assert!(!dead.exists(), "no process has this number");
+        assert!(living.exists(), "it may be about to be renamed");
     }
 
     proptest! {

@@ -181,7 +181,7 @@ impl Sync {
             readiness: Readiness::new(view.is_ready()),
             view,
             waiters: Waiters::default(),
-            saver: Saver::new(setup.directory, fleet.pace.subscribe()),
+            saver: Saver::new(setup.directory, fleet.pace.subscribe(), fleet.leaving.clone()),
             fleet,
             metrics,
         }
@@ -204,6 +204,9 @@ impl Sync {
         let mut established = *self.fleet.pace.borrow() > 0;
         let mut leaving = self.fleet.leaving.clone();
         loop {
+            if *leaving.borrow() == Leaving::Replaced {
+                break;
+            }
             let Some(held) = self.certificate(&mut leaving).await else { break };
             self.drop_foreign(&held);
             let (reason, lost) = match self.connect(&held, &mut leaving).await {
@@ -214,6 +217,10 @@ impl Sync {
                     self.metrics.set_control_connected(false);
                     self.saver.flush(&self.view).await;
                     let Err(lost) = end else { break };
+                    if *leaving.borrow() == Leaving::Replaced {
+                        // It would register in the place of the proxy that serves now.
+                        break;
+                    }
                     // One that never spoke is no established connection.
                     let spoke = *self.fleet.standing.borrow() != Standing::Unknown;
                     let lost_after = match &lost {
@@ -438,11 +445,12 @@ struct Saver {
     writing: Option<JoinHandle<()>>,
     /// In what time to come back after a loss.
     pace: watch::Receiver<u32>,
+    leaving: watch::Receiver<Leaving>,
 }
 
 impl Saver {
-    fn new(directory: Directory, pace: watch::Receiver<u32>) -> Self {
-        Self { directory, due: None, last: None, writing: None, pace }
+    fn new(directory: Directory, pace: watch::Receiver<u32>, leaving: watch::Receiver<Leaving>) -> Self {
+        Self { directory, due: None, last: None, writing: None, pace, leaving }
     }
 
     fn note_change(&mut self) {
@@ -469,6 +477,10 @@ impl Saver {
         }
         self.due = None;
         self.last = Some(Instant::now());
+        if *self.leaving.borrow() == Leaving::Replaced {
+            // What is on disk is the next proxy's.
+            return;
+        }
         let content = Configuration { return_within_ms: *self.pace.borrow(), ..view.configuration() };
         let (directory, content) = (self.directory.clone(), content.encode_to_vec());
         self.writing = Some(tokio::task::spawn_blocking(move || {

@@ -234,8 +234,13 @@ impl Worker {
             drain.overdue().await;
             open.end_inbound();
         });
+        let (mut drain, mut replaced) = (self.drain(), self.drain());
+        tokio::select! {
+            () = drain.reached(drain::Phase::Ending) => {}
+            // Nothing is accepted any more; by then what was accepted last is among what is open.
+            () = async { replaced.replaced().await; replaced.told().await } => {}
+        }
         let mut drain = self.drain();
-        drain.reached(drain::Phase::Ending).await;
         tokio::select! {
             () = connections.none() => {}
             () = drain.reached(drain::Phase::Closing) => {}
@@ -261,6 +266,16 @@ impl Worker {
     /// The phase now.
     pub fn phase(&self) -> drain::Phase {
         self.drain.phase()
+    }
+
+    /// Whether another proxy has taken this one's place.
+    pub fn is_replaced(&self) -> bool {
+        self.drain.is_replaced()
+    }
+
+    /// Whether requests are refused, so that they are sent elsewhere. One that was replaced has no elsewhere.
+    pub fn refuses(&self) -> bool {
+        self.phase() >= drain::Phase::Refusing && !self.is_replaced()
     }
 
     /// The endpoints of a service; `None` when nobody has asked for them yet.

@@ -69,6 +69,8 @@ pub(crate) enum Command {
     Proxy(Box<cmd::proxy::Args>),
     /// Run a command inside a workload's network
     Exec(cmd::exec::Args),
+    /// Replace running proxies by this version's, without losing a connection
+    Upgrade(cmd::upgrade::Args),
     /// Remove what a killed sheer left on this host
     Clean(cmd::clean::Args),
     /// Bring objects into the running configuration
@@ -113,6 +115,7 @@ impl Command {
             Self::Run(args) => cmd::run::run(*args),
             Self::Proxy(args) => cmd::proxy::run(*args),
             Self::Exec(args) => cmd::exec::run(args),
+            Self::Upgrade(args) => cmd::upgrade::run(args),
             Self::Clean(args) => cmd::clean::run(args),
             Self::Apply(args) => cmd::apply::run(args),
             Self::Diff(args) => cmd::diff::run(args),

@@ -18,6 +18,7 @@ pub(crate) mod sources;
 pub(crate) mod stat;
 pub(crate) mod token;
 pub(crate) mod up;
+pub(crate) mod upgrade;
 
 use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;

@@ -9,11 +9,14 @@ mod adopt;
 mod launch;
 mod notify;
 mod proxy;
+pub(crate) mod requests;
 pub(crate) mod rundir;
 mod settle;
 mod signals;
+mod upgrade;
 
 pub(crate) use adopt::hierarchy;
+pub(crate) use upgrade::READY_WITHIN;
 
 use crate::cmd::run::Workload;
 use crate::dirs::{self, Dirs};
@@ -22,7 +25,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use notify::Notify;
-use proxy::Proxy;
+use proxy::{Ended, Proxy};
+use requests::Requests;
 use rundir::{Process, RunDir};
 use settle::Settled;
 use sheer_proxy::plan::{FromSupervisor, ToSupervisor};
@@ -140,6 +144,8 @@ struct Supervisor {
     link: OwnedFd,
     proxy: Proxy,
     notify: Option<Notify>,
+    requests: Requests,
+    upgrade: Option<upgrade::Upgrade>,
     adopted: Option<adopt::Adopted>,
     /// How long the proxy alone may drain.
     grace: Duration,
@@ -163,6 +169,8 @@ struct Ready {
     proxy: bool,
     notify: bool,
     adopted: bool,
+    requests: bool,
+    next: bool,
 }
 
 impl Supervisor {
@@ -186,6 +194,12 @@ impl Supervisor {
             {
                 adopted.look_again();
             }
+            if ready.requests {
+                self.hear_requests();
+            }
+            if ready.next {
+                self.hear_next()?;
+            }
             if ready.signals {
                 self.hear_signals()?;
             }
@@ -208,18 +222,28 @@ impl Supervisor {
                 PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
             }
         };
-        let mut waits = Vec::with_capacity(5);
+        let mut waits = Vec::with_capacity(7);
         let signals = add(&mut waits, Some(self.signals.as_fd()));
         let link = add(&mut waits, Some(self.link.as_fd()));
         let proxy = add(&mut waits, self.proxy.link());
         let notify = add(&mut waits, self.notify.as_ref().map(AsFd::as_fd));
         let adopted = add(&mut waits, self.adopted.as_ref().and_then(adopt::Adopted::watch));
+        let requests = add(&mut waits, Some(self.requests.as_fd()));
+        let next = add(&mut waits, self.proxy.next_link());
         match poll(&mut waits, timeout) {
             Err(nix::errno::Errno::EINTR) => return Ok(Ready::default()),
             other => other?,
         };
         let is = |at: Option<usize>| at.is_some_and(|at| waits[at].any().unwrap_or(true));
-        Ok(Ready { signals: is(signals), link: is(link), proxy: is(proxy), notify: is(notify), adopted: is(adopted) })
+        Ok(Ready {
+            signals: is(signals),
+            link: is(link),
+            proxy: is(proxy),
+            notify: is(notify),
+            adopted: is(adopted),
+            requests: is(requests),
+            next: is(next),
+        })
     }
 
     fn next_event(&self) -> Option<Instant> {
@@ -230,7 +254,8 @@ impl Supervisor {
             Phase::Stopping(at) => at,
         };
         let look = self.adopted.as_ref().filter(|adopted| adopted.refuses()).map(|_| self.look_at);
-        [phase, self.proxy.respawn_at(), look].into_iter().flatten().min()
+        let upgrade = self.upgrade.as_ref().map(|upgrade| upgrade.until);
+        [phase, self.proxy.respawn_at(), look, upgrade].into_iter().flatten().min()
     }
 
     /// Does what the time has come for; true when all is over.
@@ -248,6 +273,9 @@ impl Supervisor {
             self.look_at = now + keeper::LOOK;
             let udp = adopted.newly_refused();
             self.refused(udp, 0);
+        }
+        if self.upgrade.as_ref().is_some_and(|upgrade| upgrade.until <= now) {
+            self.give_upgrade_up(format!("the new proxy was not ready within {} s", READY_WITHIN.as_secs()));
         }
         match self.phase {
             Phase::Starting if now >= self.started + PATIENCE => {
@@ -273,6 +301,7 @@ impl Supervisor {
                     if let Some(adopted) = &mut self.adopted {
                         adopted.begin()?;
                     }
+                    self.proxy.served();
                     say(&self.announcement);
                     if self.has_command {
                         keeper::tell(self.link.as_fd(), &ToKeeper::Start, &[])?;
@@ -330,7 +359,8 @@ impl Supervisor {
 
     fn command_ended(&mut self, status: u8) {
         self.status = status;
-        self.proxy.tell(&FromSupervisor::Gone);
+        self.give_upgrade_up("the workload ended".to_owned());
+        self.proxy.tell_all(&FromSupervisor::Gone);
         self.phase = Phase::Leaving(Instant::now() + LAST_WORDS);
     }
 
@@ -353,7 +383,16 @@ impl Supervisor {
     fn reap(&mut self) -> Result<()> {
         // What it said last says more than how it ended.
         self.hear_proxy()?;
-        let Some(how) = self.proxy.reap() else { return Ok(()) };
+        self.hear_next()?;
+        let how = match self.proxy.reap() {
+            None => return Ok(()),
+            Some(Ended::Next(how)) => {
+                self.give_upgrade_up(format!("the new proxy has died ({how})"));
+                return self.reap();
+            }
+            Some(Ended::Current(how)) => how,
+        };
+        self.give_upgrade_up("the proxy has died meanwhile; it is replaced by one of its own version".to_owned());
         self.record.proxy = None;
         match self.phase {
             Phase::Leaving(_) | Phase::Stopping(Some(_)) => self.proxy.forget(),
@@ -375,6 +414,7 @@ impl Supervisor {
                 if let Some(adopted) = &mut self.adopted {
                     adopted.end();
                 }
+                self.give_upgrade_up("the workload is about to end".to_owned());
                 self.proxy.tell(&FromSupervisor::Drain);
                 let now = Instant::now();
                 self.phase = if self.has_command {

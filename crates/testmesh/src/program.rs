@@ -176,7 +176,8 @@ impl Processes {
     pub fn of(supervisor: Pid) -> Result<Self> {
         let children = children(supervisor)?;
         let child = |what: &str| {
-            let found = children.iter().find(|(_, line)| line.get(1).is_some_and(|word| word == what));
+            // The newest: one whose place was taken may still have connections.
+            let found = children.iter().rev().find(|(_, line)| line.get(1).is_some_and(|word| word == what));
             found.map(|(pid, _)| *pid).with_context(|| format!("{supervisor} has no child {what}: {children:?}"))
         };
         let keeper = child("__keeper")?;

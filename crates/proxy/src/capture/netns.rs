@@ -19,6 +19,8 @@ use tokio::net::{TcpSocket, TcpStream, UnixStream};
 const BATCH: u8 = 16;
 /// With fewer in stock than this, the next batch is asked for ahead of need.
 const LOW: usize = 4;
+/// When nothing came for so long, the batch is asked for again. The keeper answers within microseconds.
+const ASK_AGAIN: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// One message on the socket to the keeper, in both directions: a family and how many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,8 +107,12 @@ impl AttachedSource {
             if self.receive()? {
                 continue;
             }
-            // Another worker may read what makes it readable; the stock is looked at again after each wake.
-            self.keeper.readable().await?;
+            // Another worker may read what makes it readable; the stock is looked at again after each wake. Another
+            // proxy, which takes this one's place or leaves it, may take what was meant for this one: it is asked again.
+            match tokio::time::timeout(ASK_AGAIN, self.keeper.readable()).await {
+                Ok(readable) => readable?,
+                Err(_) => self.shared.stock.lock()[usize::from(v6)].asked = false,
+            }
         }
     }
 
@@ -215,6 +221,25 @@ mod tests {
         }
         drop(source);
         assert!((3..=4).contains(&keeper.join().unwrap()), "batches, not single sockets");
+    }
+
+    /// While one proxy takes another's place both ask over the same socket, and either may read any answer.
+    #[tokio::test]
+    async fn a_batch_that_another_proxy_took_is_asked_for_again() {
+        let (here, there) = pair();
+        let source = SocketSource::new(here.try_clone().unwrap()).attach().unwrap();
+        let keeper = std::thread::spawn(move || {
+            // The first request and its answer are lost.
+            let (mut message, mut none) = ([0; 8], Vec::new());
+            while platform::receive_with(there.as_fd(), &mut message, &mut none, false).is_err() {
+                std::thread::yield_now();
+            }
+            nix::fcntl::fcntl(&there, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
+            stand_in(there).join().unwrap()
+        });
+        tokio::time::timeout(Duration::from_secs(5), source.socket(false)).await.expect("it is asked again").unwrap();
+        drop((source, here));
+        assert_eq!(keeper.join().unwrap(), 1);
     }
 
     #[tokio::test]

@@ -24,7 +24,7 @@ fn question(name: &str, kind: RecordType) -> Message {
 async fn ask(server: &Arc<Server>, message: &Message) -> Message {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let address = socket.local_addr().unwrap();
-    let task = tokio::spawn(server.clone().serve_udp(socket));
+    let task = tokio::spawn(server.clone().serve_udp(socket, drain::channel().1));
     let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     client.connect(address).await.unwrap();
     client.send(&message.to_vec().unwrap()).await.unwrap();
@@ -154,7 +154,7 @@ async fn tcp_answers_several_questions_in_order() {
     let server = server(vec![resolver(false, ResponseCode::NoError).await]);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(server.serve_tcp(listener));
+    tokio::spawn(server.serve_tcp(listener, drain::channel().1));
     let mut stream = TcpStream::connect(address).await.unwrap();
     for name in ["api.default.svc.mesh.internal.", "example.org.", "none.svc.mesh.internal."] {
         let question = question(name, RecordType::A).to_vec().unwrap();

@@ -27,6 +27,9 @@ pub enum Leaving {
     /// Not at all.
     #[default]
     No,
+    /// Another proxy speaks for the workload now: this one tells of its traffic as long as its stream lasts, and of
+    /// nothing else.
+    Replaced,
     /// Its peers should go elsewhere.
     Draining {
         /// For how long requests may still last.
@@ -158,7 +161,7 @@ impl Fleet {
             return;
         }
         match now {
-            Leaving::No => {}
+            Leaving::No | Leaving::Replaced => {}
             Leaving::Draining { grace_ms } => {
                 send(reports, proxy_report::Body::Draining(v1::Draining { grace_ms: *grace_ms })).await;
             }
@@ -169,7 +172,7 @@ impl Fleet {
                 if let Some(telemetry) = self.metrics.report(all) {
                     send(reports, proxy_report::Body::Telemetry(telemetry)).await;
                 }
-                if !matches!(said, Leaving::Gone { .. }) {
+                if !matches!(said, Leaving::Gone { .. } | Leaving::Replaced) {
                     let reason = "the proxy ended".to_owned();
                     send(reports, proxy_report::Body::Goodbye(v1::Goodbye { reason })).await;
                 }

@@ -3,6 +3,7 @@
 use super::adopt::{Adopted, Cgroup, Facts, Whose};
 use super::notify::Notify;
 use super::proxy::Proxy;
+use super::requests::Requests;
 use super::rundir::{Process, Record, RunDir};
 use super::settle::Settled;
 use super::signals::Signals;
@@ -99,6 +100,7 @@ pub(super) fn launch(
         record.tables.push(rules::table(namespace.as_str(), name));
         record.shared = true;
     }
+    let requests = Requests::begin(&run.path)?;
     let notify = Notify::begin(&run.path, settled.account.ids.as_ref().map(|ids| ids.0))?;
     let mut unset: Vec<String> = ["WATCHDOG_PID", "SHEER_PLAN_FD"].map(String::from).into();
     match &notify {
@@ -185,6 +187,7 @@ pub(super) fn launch(
         access_log: workload.access_log,
         command: !command.is_empty(),
         drain_grace_ms: workload.drain_grace.saturating_mul(1000),
+        successor: false,
     };
     let mut kept = sockets.kept;
     kept.extend(vending);
@@ -204,6 +207,8 @@ pub(super) fn launch(
         link,
         proxy,
         notify,
+        requests,
+        upgrade: None,
         adopted,
         grace: Duration::from_secs(workload.drain_grace),
         has_command: !command.is_empty(),

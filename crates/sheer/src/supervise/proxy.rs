@@ -1,15 +1,17 @@
-//! The proxy as a child: started with its plan, heard, replaced when it dies.
+//! The proxy as a child: started with its plan, heard, replaced when it dies, and when another one is to take its place.
 
 use anyhow::{Context, Result};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use sheer_proxy::plan::{FromSupervisor, Plan, ToSupervisor};
 use sheer_proxy::platform::{Account, Birth, prepare};
+use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -30,6 +32,12 @@ pub(super) struct Proxy {
     sockets: Vec<OwnedFd>,
     account: Option<Account>,
     child: Option<Running>,
+    /// One that is to take the place of `child` as soon as it is ready, and its program.
+    next: Option<(Running, PathBuf, File)>,
+    /// Those whose place was taken, while they finish what is open.
+    retired: Vec<Running>,
+    /// Keeps the file that `program` names.
+    _file: Option<File>,
     crashes: u32,
     respawn_at: Option<Instant>,
     drained: bool,
@@ -43,11 +51,30 @@ struct Running {
     unread: Vec<u8>,
 }
 
+/// A process that has ended, and how.
+pub(super) enum Ended {
+    /// The proxy.
+    Current(String),
+    /// The one that was to take its place.
+    Next(String),
+}
+
 impl Proxy {
     /// Starts the first one. `sockets` are those whose numbers the plan names.
     pub(super) fn start(program: PathBuf, plan: Plan, sockets: Vec<OwnedFd>, account: Option<Account>) -> Result<Self> {
-        let mut proxy =
-            Self { program, plan, sockets, account, child: None, crashes: 0, respawn_at: None, drained: false };
+        let mut proxy = Self {
+            program,
+            plan,
+            sockets,
+            account,
+            child: None,
+            next: None,
+            retired: Vec::new(),
+            _file: None,
+            crashes: 0,
+            respawn_at: None,
+            drained: false,
+        };
         proxy.spawn()?;
         Ok(proxy)
     }
@@ -55,13 +82,54 @@ impl Proxy {
     /// Starts another one.
     pub(super) fn spawn(&mut self) -> Result<()> {
         self.respawn_at = None;
+        self.child = Some(self.start_child(&self.program)?);
+        Ok(())
+    }
+
+    /// Those after the first one find a workload that was served until now.
+    pub(super) fn served(&mut self) {
+        self.plan.successor = true;
+    }
+
+    /// Starts one that is to take this one's place, of a program that may be another version.
+    pub(super) fn begin_next(&mut self, program: &Path) -> Result<()> {
+        // Held open: a path may lead elsewhere, or nowhere, when a proxy is to be replaced after its death.
+        let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_PATH).open(program);
+        let file = file.with_context(|| format!("cannot open {}", program.display()))?;
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let child = self.start_child(&path).with_context(|| program.display().to_string())?;
+        self.next = Some((child, path, file));
+        Ok(())
+    }
+
+    /// It is ready: it takes what comes new, and the one before finishes what is open.
+    pub(super) fn promote(&mut self) {
+        let Some((child, program, file)) = self.next.take() else { return };
+        self.tell(&FromSupervisor::Replaced);
+        self.retired.extend(self.child.replace(child));
+        (self.program, self._file, self.crashes) = (program, Some(file), 0);
+    }
+
+    /// Ends the one that was to take this one's place.
+    pub(super) fn abandon_next(&mut self) {
+        if let Some((child, ..)) = self.next.take() {
+            child.kill();
+        }
+    }
+
+    /// How many have given way and finish what is open.
+    pub(super) fn retired(&self) -> usize {
+        self.retired.len()
+    }
+
+    fn start_child(&self, program: &Path) -> Result<Running> {
         let (own, theirs) = UnixStream::pair()?;
         own.set_nonblocking(true)?;
         let plan = Plan { supervisor: Some(theirs.as_raw_fd()), ..self.plan.clone() };
         let file = super::memory_file("proxy plan", &serde_json::to_vec(&plan)?)?;
         let mut keep: Vec<RawFd> = self.sockets.iter().map(AsRawFd::as_raw_fd).collect();
         keep.extend([theirs.as_raw_fd(), file.as_raw_fd()]);
-        let mut command = Command::new(&self.program);
+        let mut command = Command::new(program);
         command.arg0("sheer").arg("__proxy").env("SHEER_PLAN_FD", file.as_raw_fd().to_string());
         command.envs(crate::logging::variables());
         // Standard streams belong to the command; complaints go where the supervisor's go.
@@ -78,10 +146,9 @@ impl Proxy {
             ..Birth::default()
         };
         prepare(&mut command, birth);
-        let child = command.spawn().with_context(|| format!("cannot start the proxy ({})", self.program.display()))?;
+        let child = command.spawn().with_context(|| format!("cannot start the proxy ({})", program.display()))?;
         let pid = Pid::from_raw(child.id().cast_signed());
-        self.child = Some(Running { pid, since: Instant::now(), link: Some(own), unread: Vec::new() });
-        Ok(())
+        Ok(Running { pid, since: Instant::now(), link: Some(own), unread: Vec::new() })
     }
 
     /// The process of the one that runs.
@@ -94,51 +161,45 @@ impl Proxy {
         self.child.as_ref()?.link.as_ref().map(AsFd::as_fd)
     }
 
+    /// What to wait for of the one that is to take its place.
+    pub(super) fn next_link(&self) -> Option<BorrowedFd<'_>> {
+        self.next.as_ref()?.0.link.as_ref().map(AsFd::as_fd)
+    }
+
     /// What it has said.
     pub(super) fn read(&mut self) -> Vec<ToSupervisor> {
-        let Some(child) = &mut self.child else { return Vec::new() };
-        let mut buffer = [0; 4096];
-        while let Some(link) = &mut child.link {
-            match link.read(&mut buffer) {
-                Ok(0) => child.link = None,
-                Ok(length) if child.unread.len() + length > LONGEST_LINE => child.link = None,
-                Ok(length) => child.unread.extend_from_slice(&buffer[..length]),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(_) => child.link = None,
-            }
-        }
-        let mut messages = Vec::new();
-        while let Some(end) = child.unread.iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = child.unread.drain(..=end).collect();
-            // A newer proxy may say more than this supervisor knows.
-            messages.extend(serde_json::from_slice(&line).ok());
-        }
-        messages
+        self.child.as_mut().map(Running::read).unwrap_or_default()
+    }
+
+    /// What the one that is to take its place has said.
+    pub(super) fn read_next(&mut self) -> Vec<ToSupervisor> {
+        self.next.as_mut().map(|(child, ..)| child.read()).unwrap_or_default()
     }
 
     /// Tells it something; a dead one needs not know.
     pub(super) fn tell(&mut self, message: &FromSupervisor) {
-        let link = self.child.as_mut().and_then(|child| child.link.as_mut());
-        if let (Some(link), Ok(mut line)) = (link, serde_json::to_vec(message)) {
-            line.push(b'\n');
-            // A few bytes into an empty socket: it does not block, and a peer that is gone will be reaped.
-            let _ = link.write_all(&line);
+        if let Some(child) = &mut self.child {
+            child.tell(message);
         }
     }
 
-    /// How the proxy has ended, when it has.
-    pub(super) fn reap(&mut self) -> Option<String> {
+    /// Tells it, and all that have given way.
+    pub(super) fn tell_all(&mut self, message: &FromSupervisor) {
+        self.child.iter_mut().chain(&mut self.retired).for_each(|child| child.tell(message));
+    }
+
+    /// Which one has ended, and how. To be asked again until none has.
+    pub(super) fn reap(&mut self) -> Option<Ended> {
+        self.retired.retain(|child| child.ended().is_none());
+        if let Some(how) = self.next.as_ref().and_then(|(child, ..)| child.ended()) {
+            self.next = None;
+            return Some(Ended::Next(how));
+        }
         let child = self.child.as_ref()?;
-        let how = match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(_, status)) => format!("exit status {status}"),
-            Ok(WaitStatus::Signaled(_, signal, _)) => signal.as_str().to_owned(),
-            Ok(_) => return None,
-            Err(errno) => errno.desc().to_owned(),
-        };
+        let how = child.ended()?;
         self.crashes = if child.since.elapsed() >= STABLE { 0 } else { self.crashes + 1 };
         self.child = None;
-        Some(how)
+        Some(Ended::Current(how))
     }
 
     /// Lets the next one start: at once, unless the last ones died young.
@@ -154,10 +215,8 @@ impl Proxy {
     /// Ends it.
     pub(super) fn kill(&mut self) {
         self.respawn_at = None;
-        if let Some(child) = self.child.take() {
-            let _ = nix::sys::signal::kill(child.pid, nix::sys::signal::Signal::SIGKILL);
-            let _ = waitpid(child.pid, None);
-        }
+        self.abandon_next();
+        self.child.take().into_iter().chain(self.retired.drain(..)).for_each(Running::kill);
     }
 
     /// When the next one is due.
@@ -167,12 +226,58 @@ impl Proxy {
 
     /// Whether nothing is open any more, or no proxy is left.
     pub(super) fn is_done(&self) -> bool {
-        self.drained || self.child.is_none()
+        (self.drained || self.child.is_none()) && self.retired.is_empty()
     }
 
     /// It said that nothing is open any more.
     pub(super) fn drained(&mut self) {
         self.drained = true;
+    }
+}
+
+impl Running {
+    fn read(&mut self) -> Vec<ToSupervisor> {
+        let mut buffer = [0; 4096];
+        while let Some(link) = &mut self.link {
+            match link.read(&mut buffer) {
+                Ok(0) => self.link = None,
+                Ok(length) if self.unread.len() + length > LONGEST_LINE => self.link = None,
+                Ok(length) => self.unread.extend_from_slice(&buffer[..length]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(_) => self.link = None,
+            }
+        }
+        let mut messages = Vec::new();
+        while let Some(end) = self.unread.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.unread.drain(..=end).collect();
+            // A newer proxy may say more than this supervisor knows.
+            messages.extend(serde_json::from_slice(&line).ok());
+        }
+        messages
+    }
+
+    fn tell(&mut self, message: &FromSupervisor) {
+        if let (Some(link), Ok(mut line)) = (&mut self.link, serde_json::to_vec(message)) {
+            line.push(b'\n');
+            // A few bytes into an empty socket: it does not block, and a peer that is gone will be reaped.
+            let _ = link.write_all(&line);
+        }
+    }
+
+    /// How it has ended, when it has.
+    fn ended(&self) -> Option<String> {
+        match waitpid(self.pid, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(_, status)) => Some(format!("exit status {status}")),
+            Ok(WaitStatus::Signaled(_, signal, _)) => Some(signal.as_str().to_owned()),
+            Ok(_) => None,
+            Err(errno) => Some(errno.desc().to_owned()),
+        }
+    }
+
+    fn kill(self) {
+        let _ = nix::sys::signal::kill(self.pid, nix::sys::signal::Signal::SIGKILL);
+        let _ = waitpid(self.pid, None);
     }
 }
 

@@ -286,8 +286,8 @@ fn read(path: &Path) -> Result<Record> {
     Ok(serde_json::from_slice(&fs::read(path.join(RECORD))?)?)
 }
 
-/// A label contains no underscore, so the pair is told apart.
-fn path_of(runs: &Path, namespace: &str, name: &str) -> PathBuf {
+/// The run directory of a workload. A label contains no underscore, so the pair is told apart.
+pub(crate) fn path_of(runs: &Path, namespace: &str, name: &str) -> PathBuf {
     runs.join(format!("{namespace}_{name}"))
 }
 
