@@ -55,6 +55,8 @@ pub enum Origin {
 pub struct Line {
     /// The other end closed or reset it. False while it is open, and when it just went silent.
     pub closed: AtomicBool,
+    /// This side has let go of it, whatever for.
+    pub(crate) dropped: AtomicBool,
     /// In how many milliseconds its proxy was asked to come back; 0: it was let in.
     pub(crate) later_ms: OnceLock<u32>,
 }
@@ -85,6 +87,11 @@ impl Peer {
     /// Whether the connection was closed by the other end, rather than lost.
     pub fn hung_up(&self) -> bool {
         self.line.closed.load(Ordering::Acquire)
+    }
+
+    /// Whether this side gave the connection up: it went silent, unless [`Peer::hung_up`].
+    pub(crate) fn given_up(&self) -> bool {
+        self.line.dropped.load(Ordering::Acquire)
     }
 }
 

@@ -25,7 +25,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming};
 
 #[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
 pub(crate) mod service {
@@ -42,6 +42,8 @@ const REMEMBER: Duration = Duration::from_secs(60);
 const REPORT: Duration = Duration::from_secs(30);
 /// How long a stream may take to register.
 const FIRST_REPORT: Duration = Duration::from_secs(10);
+/// How long a connection may outlive its streams when it is given up.
+const LET_GO: Duration = Duration::from_millis(100);
 /// Notices that wait for a proxy: one a registration.
 const NOTICES: usize = 8;
 /// The time that each proxy's return takes of the control plane, on a small machine: certificates, a registration, and
@@ -651,8 +653,15 @@ impl Attached {
                     }
                 }
                 Ok(Some(ProxyReport { body: None })) => {}
-                Ok(None) => return true,
-                Err(status) => return self.peer.hung_up() || status.code() == Code::Cancelled,
+                // A proxy ends or cancels its stream on a connection that goes on. One that went silent was given up by
+                // this side, which ends its streams in the same way (tonic takes a cancelled request for one that has
+                // ended), a moment before the connection itself.
+                Ok(None) if self.peer.hung_up() => return true,
+                Ok(None) => {
+                    tokio::time::sleep(LET_GO).await;
+                    return self.peer.hung_up() || !self.peer.given_up();
+                }
+                Err(_) => return self.peer.hung_up(),
             }
         }
     }

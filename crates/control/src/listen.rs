@@ -63,6 +63,12 @@ struct Watched<S> {
     line: Arc<Line>,
 }
 
+impl<S> Drop for Watched<S> {
+    fn drop(&mut self) {
+        self.line.dropped.store(true, Ordering::Release);
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let (before, room) = (buffer.filled().len(), buffer.remaining());
