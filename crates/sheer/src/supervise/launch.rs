@@ -20,12 +20,15 @@ use sheer_proxy::plan::{Capture, Credentials, Listener, Mode, Plan, Role};
 use sheer_proxy::platform::Account;
 use std::ffi::OsString;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+/// The file below a workload's state that says at which port its peers found it.
+const INBOUND_PORT: &str = "inbound-port";
 
 /// Where root keeps the state of proxies: apart from the control plane's, which no proxy's user may pass through.
 const ROOT_STATE: &str = "/var/lib/sheer-proxies";
@@ -70,7 +73,9 @@ pub(super) fn launch(
 
     // Of the host's network.
     let shared = matches!(settled.capture, Capture::Here | Capture::Cgroup);
-    let inbound = host_listeners(workload, &settled, &mut sockets, &mut record)?;
+    let base = state_base(workload, dirs)?;
+    let state = state(&base, namespace.as_str(), name, proxy_account)?;
+    let inbound = host_listeners(workload, &settled, &state, &mut sockets, &mut record)?;
     let captured = if shared { Some(shared_listeners(workload, &settled, &mut sockets)?) } else { None };
     let credentials = if settled.capture == Capture::Env { Some(forward(&mut sockets, &mut record)?) } else { None };
     let upstreams: Vec<Upstream> = workload
@@ -107,9 +112,6 @@ pub(super) fn launch(
         Some(notify) => record.set.push(("NOTIFY_SOCKET".into(), notify.path.display().to_string())),
         None => unset.push("NOTIFY_SOCKET".into()),
     }
-
-    let base = state_base(workload, dirs)?;
-    let state = state(&base, namespace.as_str(), name, proxy_account)?;
 
     // Of the workload's network.
     let domain = &workload.domain;
@@ -226,7 +228,13 @@ pub(super) fn launch(
 }
 
 /// The mesh's door, doors for plaintext to one port, published ports and metrics; the port of the first.
-fn host_listeners(workload: &Workload, settled: &Settled, sockets: &mut Sockets, record: &mut Record) -> Result<u16> {
+fn host_listeners(
+    workload: &Workload,
+    settled: &Settled,
+    state: &Path,
+    sockets: &mut Sockets,
+    record: &mut Record,
+) -> Result<u16> {
     let capture = settled.capture;
     let here = capture == Capture::Here;
     let chosen = workload.inbound_port.iter().find(|it| it.target.is_none());
@@ -249,7 +257,17 @@ fn host_listeners(workload: &Workload, settled: &Settled, sockets: &mut Sockets,
         made.into_iter().for_each(|(_, socket)| sockets.add(role.clone(), socket));
         Ok(port)
     };
-    let inbound = open(wanted, Role::Inbound)?;
+    // Peers that cannot ask their control plane know the port of before.
+    let before = if wanted == 0 { port_of_before(state) } else { None };
+    let inbound = match before.map(|before| open(before, Role::Inbound)) {
+        Some(Ok(port)) => port,
+        // Somebody else has it now.
+        Some(Err(_)) | None => open(wanted, Role::Inbound)?,
+    };
+    if wanted == 0 && before != Some(inbound) {
+        // Without it the next start takes any port, as this one did.
+        let _ = keep_port(state, inbound);
+    }
     record.inbound = Some(SocketAddr::new(ips[0], inbound).to_string());
     for port in workload.port.iter().map(|it| it.port) {
         let door = workload.inbound_port.iter().find(|it| it.target == Some(port));
@@ -371,6 +389,18 @@ fn admin(run: &RunDir) -> Result<OwnedFd> {
     listener.set_nonblocking(true)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
     Ok(listener.into())
+}
+
+/// The port at which peers found this workload when it ran last.
+fn port_of_before(state: &Path) -> Option<u16> {
+    fs::read_to_string(state.join(INBOUND_PORT)).ok()?.trim().parse().ok().filter(|port| *port != 0)
+}
+
+/// The directory is the proxy's user's: a link that it might have put there is not followed.
+fn keep_port(state: &Path, port: u16) -> io::Result<()> {
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600).custom_flags(nix::libc::O_NOFOLLOW);
+    options.open(state.join(INBOUND_PORT))?.write_all(port.to_string().as_bytes())
 }
 
 /// The directory of the state directories of proxies.
