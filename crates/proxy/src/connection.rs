@@ -115,7 +115,7 @@ pub fn answer(
             error::response(&error, &told)
         }
     };
-    Answer { response: record.finish(response), tunnel: None }
+    Answer { response: record.finish(response, caller.grpc && caller.version == Version::Http2), tunnel: None }
 }
 
 fn switch(worker: &Worker, caller: Caller, mut record: Record, response: Response) -> Answer {

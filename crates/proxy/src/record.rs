@@ -111,8 +111,9 @@ impl Record {
         self.cause = Some(cause);
     }
 
-    /// Lets the record end with the response: at once when it is here as a whole, otherwise with its body.
-    pub fn finish(mut self, response: Response) -> Response {
+    /// Lets the record end with the response: at once when it is here as a whole, otherwise with its body. One that breaks
+    /// off becomes a status for a caller who speaks `grpc`.
+    pub fn finish(mut self, response: Response, grpc: bool) -> Response {
         let Response { head, body } = response;
         self.status = head.status.as_u16();
         self.answered = true;
@@ -125,7 +126,7 @@ impl Record {
             }
             _ => {
                 self.mesh = Some(self.started.elapsed().saturating_sub(self.waited));
-                let watched = Watched { body, record: self, ended: false };
+                let watched = Watched { body, record: self, grpc, ended: false };
                 Response { head, body: Body::Watched(Box::new(watched)) }
             }
         }
@@ -183,6 +184,7 @@ impl Drop for Record {
 pub struct Watched {
     body: Body,
     record: Record,
+    grpc: bool,
     ended: bool,
 }
 
@@ -214,17 +216,33 @@ impl Watched {
 
     /// See [`Body::poll_frame`].
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame, BodyError>>> {
-        let polled = self.body.poll_frame(cx);
-        let Poll::Ready(frame) = &polled else { return Poll::Pending };
+        let mut polled = self.body.poll_frame(cx);
+        let Poll::Ready(frame) = &mut polled else { return Poll::Pending };
         match frame {
             Some(Ok(Frame::Data(bytes))) => self.record.received += bytes.len() as u64,
             Some(Ok(Frame::Trailers(fields))) => self.record.take_grpc_status(fields),
-            Some(Err(_)) => self.record.failed(Cause::ResponseTruncated),
+            Some(Err(error)) => {
+                self.record.failed(Cause::ResponseTruncated);
+                if self.grpc && matches!(error, BodyError::Truncated | BodyError::Io(_)) {
+                    *frame = Some(Ok(Frame::Trailers(broken_off())));
+                }
+            }
             None => {}
         }
         self.ended = !matches!(frame, Some(Ok(Frame::Data(_))));
         polled
     }
+}
+
+/// What a gRPC caller is told whose answer broke off. A reset would say the same, but not whether to try again: libraries
+/// take one for INTERNAL.
+fn broken_off() -> Fields {
+    let mut fields = Fields::default();
+    let status = Cause::ResponseTruncated.grpc_status().to_string();
+    // Two fields are never too many.
+    let _ = fields.append(Known::GrpcStatus.as_str(), status.as_bytes());
+    let _ = fields.append("grpc-message", Cause::ResponseTruncated.reason().as_bytes());
+    fields
 }
 
 impl Drop for Watched {
@@ -539,7 +557,7 @@ mod tests {
     #[tokio::test]
     async fn an_answer_is_counted_once_with_its_bytes() {
         let edge = edge();
-        drop(Record::begin(edge.clone(), None).finish(ok(Body::Full(Bytes::from_static(b"abc")))));
+        drop(Record::begin(edge.clone(), None).finish(ok(Body::Full(Bytes::from_static(b"abc"))), false));
         assert_eq!((only(&edge).status, only(&edge).reason, only(&edge).count), (200, "", 1));
     }
 
@@ -549,12 +567,12 @@ mod tests {
         let inner =
             || Body::Metered(Box::new(Metered { body: Body::Full(Bytes::from_static(b"abc")), count: Rc::default() }));
         let (read, left) = (edge(), edge());
-        let mut response = Record::begin(read.clone(), None).finish(ok(inner()));
+        let mut response = Record::begin(read.clone(), None).finish(ok(inner()), false);
         assert!(read.answers().is_empty());
         while poll_fn(|cx| response.body.poll_frame(cx)).await.is_some() {}
         drop(response);
         assert_eq!((only(&read).status, only(&read).reason), (200, ""));
-        drop(Record::begin(left.clone(), None).finish(ok(inner())));
+        drop(Record::begin(left.clone(), None).finish(ok(inner()), false));
         assert_eq!((only(&left).status, only(&left).reason), (200, "client-gone"));
     }
 
