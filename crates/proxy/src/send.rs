@@ -161,7 +161,11 @@ fn reason(response: &Response) -> Option<Cause> {
 /// Remembers what a failure says about the endpoint.
 fn note(worker: &Worker, chosen: &LiveEndpoint, failure: &Failure) {
     match failure.cause {
-        Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => {
+        Cause::ConnectTimeout => {
+            chosen.state.shun_silent();
+            worker.proxy.demand.unreachable(&chosen.endpoint.workload);
+        }
+        Cause::ConnectRefused | Cause::ConnectFailed => {
             chosen.state.shun();
             worker.proxy.demand.unreachable(&chosen.endpoint.workload);
         }
@@ -279,7 +283,10 @@ pub(crate) async fn connect_to_one_of(
         let in_flight = chosen.state.begin();
         let peer = worker.pools.peer_at(chosen);
         let failure = match worker.pools.tcp(&peer, identities).await {
-            Ok(io) => return Ok((io, Bytes::new(), in_flight)),
+            Ok(io) => {
+                chosen.state.reached();
+                return Ok((io, Bytes::new(), in_flight));
+            }
             Err(error) => Failure::from(error),
         };
         note(worker, chosen, &failure);

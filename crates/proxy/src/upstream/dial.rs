@@ -34,7 +34,7 @@ const SILENCE_OF_REQUEST: Duration = Duration::from_secs(3);
 
 /// The same for a connection of bytes to a mesh peer: as long as its silence is borne when it is idle. Its two sides may
 /// have gone through shorter gaps of their network unharmed.
-const SILENCE_OF_BYTES: Duration = Duration::from_secs(30);
+const SILENCE_OF_BYTES: Duration = Duration::from_secs(25);
 
 /// After how long without a byte the other side's kernel is asked whether it still knows the connection.
 const KEEPALIVE: Duration = Duration::from_secs(15);

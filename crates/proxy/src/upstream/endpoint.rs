@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 /// For how long an endpoint is picked last after a connect to it failed, or after it said that it is leaving.
 const SHUNNED: Duration = Duration::from_secs(3);
 
+/// For how often at most that time doubles while connects meet silence: each attempt costs a caller a second.
+const DOUBLINGS: u32 = 3;
+
 /// The endpoints of all services in use.
 #[derive(Debug)]
 pub struct Table {
@@ -58,6 +61,8 @@ pub struct State {
     observed: AtomicU64,
     /// Microseconds since the epoch until which it is picked last.
     shunned_until: AtomicU64,
+    /// Connects in a row that met silence.
+    silent: AtomicU32,
 }
 
 /// What makes an endpoint the same one after a change. How it is dialled is a part of it: connections are kept by its
@@ -182,6 +187,7 @@ impl State {
             average: AtomicU64::new(0),
             observed: AtomicU64::new(0),
             shunned_until: AtomicU64::new(0),
+            silent: AtomicU32::new(0),
         }
     }
 
@@ -199,6 +205,7 @@ impl State {
         // Two answers at once may lose one of them: the average is an estimate.
         let next = peak_ewma(average, latency.as_secs_f64(), Duration::from_micros(elapsed));
         self.average.store(next.to_bits(), Relaxed);
+        self.reached();
     }
 
     /// From now on, for a while, it is picked last: a connect failed, or it said that it is leaving.
@@ -206,9 +213,22 @@ impl State {
         self.shunned_until.store(self.now() + SHUNNED.as_micros() as u64, Relaxed);
     }
 
-    /// A connect has succeeded: it is picked again as before.
-    pub fn welcome(&self) {
-        self.shunned_until.store(0, Relaxed);
+    /// The same when a connect met silence, for longer the more often it has.
+    pub fn shun_silent(&self) {
+        // Those that wait at the same time learn the same thing: it counts once.
+        let times = match self.is_shunned() {
+            true => self.silent.load(Relaxed).saturating_sub(1),
+            false => self.silent.fetch_add(1, Relaxed),
+        };
+        let time = SHUNNED * (1 << times.min(DOUBLINGS));
+        self.shunned_until.fetch_max(self.now() + time.as_micros() as u64, Relaxed);
+    }
+
+    /// It is there: the next silence is its first.
+    pub fn reached(&self) {
+        if self.silent.load(Relaxed) != 0 {
+            self.silent.store(0, Relaxed);
+        }
     }
 
     /// The average response time in seconds, less while it is idle; `None` before the first answer.
@@ -269,6 +289,24 @@ mod tests {
             weight: 1,
             at_address: false,
         })
+    }
+
+    #[test]
+    fn silence_is_borne_less_often_each_time() {
+        let state = State::default();
+        let shunned = || state.shunned_until.load(Relaxed).saturating_sub(state.now()).div_ceil(1_000_000);
+        let mut times = Vec::new();
+        for _ in 0..6 {
+            state.shun_silent();
+            state.shun_silent();
+            times.push(shunned());
+            // The time is over.
+            state.shunned_until.store(0, Relaxed);
+        }
+        assert_eq!(times, [3, 6, 12, 24, 24, 24]);
+        state.reached();
+        state.shun_silent();
+        assert_eq!(shunned(), 3);
     }
 
     #[test]
