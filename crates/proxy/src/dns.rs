@@ -3,9 +3,10 @@
 //!
 //! It listens on the sockets that the workload's questions are led to and answers from the socket that was asked. What
 //! is not the mesh's travels unchanged in both directions but for its id, so that EDNS and DNSSEC are between the
-//! workload and the host's resolvers.
+//! workload and the host's resolvers. While these fail, the last good answer to the same question is given again.
 
 mod forward;
+mod kept;
 pub mod zone;
 
 pub use zone::Zone;
@@ -18,10 +19,11 @@ use hickory_proto::rr::rdata::{A, AAAA, SOA};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use zone::Lookup;
 
 /// Seconds for which answers about the mesh may be kept, also negative ones.
@@ -40,10 +42,14 @@ const MAX_CONNECTIONS: usize = 64;
 /// A TCP connection without a question closes after this time.
 const IDLE: Duration = Duration::from_secs(10);
 
+/// How long resolvers are waited for where there is an old answer (RFC 8767, section 5).
+const BEFORE_STALE: Duration = Duration::from_millis(1800);
+
 /// Answers the workload's questions. Shared by all its sockets.
 pub struct Server {
     zone: Arc<ArcSwap<Zone>>,
     resolvers: forward::Resolvers,
+    kept: kept::Kept,
     forwards: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     metrics: Arc<Metrics>,
@@ -68,6 +74,7 @@ impl Server {
         Arc::new(Self {
             zone,
             resolvers: forward::Resolvers::new(resolvers),
+            kept: kept::Kept::default(),
             forwards: Arc::new(Semaphore::new(MAX_FORWARDED)),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             metrics,
@@ -233,15 +240,33 @@ impl Server {
     }
 
     async fn forward(&self, question: &[u8], transport: Transport, largest: usize) -> Vec<u8> {
-        match self.resolvers.ask(question, transport == Transport::Tcp, largest).await {
-            Some(answer) => {
+        let fits = |answer: &Vec<u8>| answer.len() <= largest;
+        if let Some(answer) = self.kept.young(question, Instant::now()).filter(fits) {
+            self.metrics.dns(Dns::Kept);
+            return answer;
+        }
+        let asked = self.resolvers.ask(question, transport == Transport::Tcp, largest);
+        // Who could be given an old answer does not wait for a resolver that may be gone.
+        let answered = match self.kept.stale(question, Instant::now()).filter(fits) {
+            Some(_) => timeout(BEFORE_STALE, asked).await.ok().flatten(),
+            None => asked.await,
+        };
+        match answered {
+            Some(answer) if !forward::is_failure(&answer) => {
+                self.kept.keep(question, &answer, Instant::now());
                 self.metrics.dns(Dns::Forwarded);
                 answer
             }
-            None => {
-                self.metrics.dns(Dns::Failed);
-                failure(question)
-            }
+            failed => match self.kept.stale(question, Instant::now()).filter(fits) {
+                Some(answer) => {
+                    self.metrics.dns(Dns::Kept);
+                    answer
+                }
+                None => {
+                    self.metrics.dns(Dns::Failed);
+                    failed.unwrap_or_else(|| failure(question))
+                }
+            },
         }
     }
 }

@@ -322,6 +322,8 @@ counters! {
         NoName => "no-name",
         /// By the host's resolvers.
         Forwarded => "forwarded",
+        /// As the host's resolvers did before: a second ago, or while they fail.
+        Kept => "kept",
         /// No resolver answered.
         Failed => "failed",
         /// More questions at once than are forwarded.

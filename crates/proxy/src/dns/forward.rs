@@ -41,9 +41,14 @@ impl Resolvers {
             return None;
         }
         let mut failed = None;
+        // Asked again at once, those would fail again.
+        let mut have_failed = smallvec::SmallVec::<[usize; 4]>::new();
         let attempts = async {
             for attempt in 0..ROUNDS * self.addresses.len() {
                 let index = (self.preferred.load(Relaxed) + attempt) % self.addresses.len();
+                if have_failed.contains(&index) {
+                    continue;
+                }
                 let resolver = self.addresses[index];
                 let answer = match timeout(ATTEMPT, ask_one(resolver, question, tcp, largest)).await {
                     Ok(Ok(answer)) => answer,
@@ -57,8 +62,9 @@ impl Resolvers {
                     }
                 };
                 // SERVFAIL and REFUSED may be this resolver's trouble alone.
-                if matches!(answer[3] & 0x0f, 2 | 5) {
+                if is_failure(&answer) {
                     failed = Some(answer);
+                    have_failed.push(index);
                     continue;
                 }
                 self.preferred.store(index, Relaxed);
@@ -69,6 +75,11 @@ impl Resolvers {
         let answer = timeout(TOTAL, attempts).await.ok().flatten();
         answer.or(failed)
     }
+}
+
+/// SERVFAIL or REFUSED: the resolver's trouble, no answer about the name.
+pub(super) fn is_failure(answer: &[u8]) -> bool {
+    matches!(answer.get(3).map(|flags| flags & 0x0f), Some(2 | 5))
 }
 
 async fn ask_one(resolver: SocketAddr, question: &[u8], tcp: bool, largest: usize) -> io::Result<Vec<u8>> {

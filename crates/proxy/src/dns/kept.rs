@@ -1,0 +1,221 @@
+//! The last good answers of the host's resolvers, given again while these fail (RFC 8767).
+//!
+//! An answer belongs to the question as it was asked, byte by byte but for the id: whoever asks in another way gets an answer
+//! of their own. Only addresses and the like are kept; that a name does not exist is an answer too, and is believed.
+
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// An answer so young is given again without asking: however many ask, and however short its life, a name is asked for once
+/// in this time. So it is while resolvers fail.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// How old an answer may become when no resolver gives another one.
+const STALE: Duration = Duration::from_secs(24 * 3600);
+
+/// For how long whoever gets an old answer may keep it, in seconds: RFC 8767 recommends 30, names of the mesh have 5.
+const STALE_TTL_S: u32 = 5;
+
+/// Bytes kept, of questions and answers together; those unused for longest go first.
+const MAX_BYTES: usize = 1 << 20;
+
+const HEADER: usize = 12;
+
+/// The answers of one proxy.
+#[derive(Default)]
+pub(super) struct Kept(Mutex<Answers>);
+
+#[derive(Default)]
+struct Answers {
+    known: HashMap<Arc<[u8]>, Answer>,
+    bytes: usize,
+}
+
+struct Answer {
+    bytes: Vec<u8>,
+    got: Instant,
+    /// When the resolvers were last asked for it.
+    asked: Instant,
+}
+
+impl Kept {
+    /// What may be answered without asking: a young answer, or one that was just asked for in vain. Otherwise it is asked.
+    pub(super) fn young(&self, question: &[u8], now: Instant) -> Option<Vec<u8>> {
+        let mut answers = self.0.lock();
+        let answer = answers.known.get_mut(question.get(2..)?)?;
+        if now.duration_since(answer.asked) >= AGAIN {
+            answer.asked = now;
+            return None;
+        }
+        match now.duration_since(answer.got) {
+            age if age < AGAIN => with_id(&answer.bytes, question),
+            age if age < STALE => with_id(&old(&answer.bytes)?, question),
+            _ => None,
+        }
+    }
+
+    /// The last good answer, when the resolvers fail now.
+    pub(super) fn stale(&self, question: &[u8], now: Instant) -> Option<Vec<u8>> {
+        let answers = self.0.lock();
+        let answer = answers.known.get(question.get(2..)?)?;
+        if now.duration_since(answer.got) >= STALE {
+            return None;
+        }
+        with_id(&old(&answer.bytes)?, question)
+    }
+
+    /// Keeps an answer, when it is a good one.
+    pub(super) fn keep(&self, question: &[u8], answer: &[u8], now: Instant) {
+        let Some(key) = question.get(2..) else { return };
+        if !is_good(answer) || key.len() + answer.len() > MAX_BYTES / 8 {
+            return;
+        }
+        let mut answers = self.0.lock();
+        if let Some(before) = answers.known.remove(key) {
+            answers.bytes -= key.len() + before.bytes.len();
+        }
+        answers.bytes += key.len() + answer.len();
+        answers.known.insert(key.into(), Answer { bytes: answer.to_vec(), got: now, asked: now });
+        while answers.bytes > MAX_BYTES {
+            let oldest = answers.known.iter().min_by_key(|(_, it)| it.asked).map(|(key, _)| key.clone());
+            let Some((key, gone)) = oldest.and_then(|key| answers.known.remove_entry(&key)) else { break };
+            answers.bytes -= key.len() + gone.bytes.len();
+        }
+    }
+}
+
+/// Not truncated, without an error, with at least one record.
+fn is_good(answer: &[u8]) -> bool {
+    answer.len() > HEADER && answer[2] & 0x02 == 0 && answer[3] & 0x0f == 0 && answer[6..8] != [0, 0]
+}
+
+fn with_id(answer: &[u8], question: &[u8]) -> Option<Vec<u8>> {
+    let mut answer = answer.to_vec();
+    answer.get_mut(..2)?.copy_from_slice(question.get(..2)?);
+    Some(answer)
+}
+
+/// The same answer, to be kept for a moment only. `None` for what cannot be read.
+fn old(answer: &[u8]) -> Option<Vec<u8>> {
+    /// A record that says nothing about a name; its field for the time means something else.
+    const OPT: u16 = 41;
+    let mut answer = answer.to_vec();
+    let number = |answer: &[u8], at: usize| Some(u16::from_be_bytes(answer.get(at..at + 2)?.try_into().ok()?));
+    let mut at = HEADER;
+    for _ in 0..number(&answer, 4)? {
+        at = after_name(&answer, at)? + 4;
+    }
+    let records = [6, 8, 10].into_iter().map(|place| number(&answer, place)).sum::<Option<u16>>()?;
+    for _ in 0..records {
+        at = after_name(&answer, at)?;
+        let kind = number(&answer, at)?;
+        let ttl = answer.get_mut(at + 4..at + 8)?;
+        if kind != OPT {
+            let seconds = u32::from_be_bytes(ttl.try_into().ok()?).min(STALE_TTL_S);
+            ttl.copy_from_slice(&seconds.to_be_bytes());
+        }
+        at += 10 + usize::from(number(&answer, at + 8)?);
+    }
+    (at <= answer.len()).then_some(answer)
+}
+
+/// Where the bytes after a name begin; it ends with a root label or a pointer (RFC 1035, section 4.1.4).
+fn after_name(message: &[u8], mut at: usize) -> Option<usize> {
+    loop {
+        match *message.get(at)? {
+            0 => return Some(at + 1),
+            label if label & 0xc0 == 0xc0 => return Some(at + 2),
+            label if label < 64 => at += 1 + usize::from(label),
+            _ => return None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query};
+    use hickory_proto::rr::rdata::A;
+    use hickory_proto::rr::{Name, RData, Record, RecordType};
+    use proptest::prelude::*;
+
+    fn question(id: u16, name: &str) -> Vec<u8> {
+        let mut message = Message::new(id, MessageType::Query, OpCode::Query);
+        message.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
+        message.to_vec().unwrap()
+    }
+
+    fn answer(question: &[u8], records: usize) -> Vec<u8> {
+        let query = Message::from_vec(question).unwrap();
+        let mut answer = Message::response(query.metadata.id, OpCode::Query);
+        answer.queries = query.queries.clone();
+        let name = query.queries[0].name();
+        for last in 0..records {
+            let address = std::net::Ipv4Addr::from(0xc000_0200 + u32::try_from(last).unwrap());
+            answer.add_answer(Record::from_rdata(name.clone(), 600, RData::A(A(address))));
+        }
+        let mut edns = Edns::new();
+        edns.set_max_payload(4096);
+        answer.set_edns(edns);
+        answer.to_vec().unwrap()
+    }
+
+    #[test]
+    fn a_name_is_asked_for_once_a_second() {
+        let (kept, now) = (Kept::default(), Instant::now());
+        let after = |ms: u64| now + Duration::from_millis(ms);
+        let (first, second) = (question(1, "example.org."), question(2, "example.org."));
+        assert_eq!(kept.young(&first, now), None);
+        kept.keep(&first, &answer(&first, 2), now);
+        assert_eq!(kept.young(&second, after(900)), Some(answer(&second, 2)), "with its own id, and its own time");
+        assert_eq!(kept.young(&second, after(1000)), None, "it is asked for again");
+        // The resolvers fail.
+        let told = Message::from_vec(&kept.stale(&second, after(1500)).unwrap()).unwrap();
+        assert_eq!((told.metadata.id, told.answers.len(), told.answers[0].ttl), (2, 2, STALE_TTL_S));
+        assert_eq!(told.edns.map(|it| it.max_payload()), Some(4096));
+        assert!(kept.young(&first, after(1900)).is_some(), "they are not asked more often than that");
+        assert_eq!(kept.young(&first, after(2000)), None);
+        assert!(kept.stale(&first, after(2000) + STALE).is_none());
+        assert_eq!(kept.stale(&question(1, "other.org."), now), None);
+    }
+
+    #[test]
+    fn errors_and_empty_answers_are_not_kept() {
+        let (kept, now) = (Kept::default(), Instant::now());
+        let asked = question(1, "example.org.");
+        let mut failed = answer(&asked, 1);
+        failed[3] |= 3;
+        let mut truncated = answer(&asked, 1);
+        truncated[2] |= 2;
+        for bad in [failed, truncated, answer(&asked, 0)] {
+            kept.keep(&asked, &bad, now);
+            assert_eq!(kept.stale(&asked, now), None);
+        }
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded() {
+        let (kept, now) = (Kept::default(), Instant::now());
+        for number in 0..2000 {
+            let asked = question(1, &format!("name-{number}.example.org."));
+            kept.keep(&asked, &answer(&asked, 60), now + Duration::from_millis(number));
+        }
+        let answers = kept.0.lock();
+        let held: usize = answers.known.iter().map(|(key, it)| key.len() + it.bytes.len()).sum();
+        assert_eq!(held, answers.bytes);
+        assert!(held <= MAX_BYTES && held > MAX_BYTES / 2, "{held}");
+        drop(answers);
+        assert!(kept.stale(&question(1, "name-1999.example.org."), now + Duration::from_secs(2)).is_some());
+        assert!(kept.stale(&question(1, "name-0.example.org."), now + Duration::from_secs(2)).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_panics(bytes: Vec<u8>) {
+            let _ = old(&bytes);
+            Kept::default().keep(&question(1, "a."), &bytes, Instant::now());
+        }
+    }
+}
