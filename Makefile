@@ -94,6 +94,12 @@ end-to-end: ## The demonstration, started and judged from outside (as root, and 
 	$(CARGO) build --locked -p sheer
 	@scripts/end-to-end $(TARGET)/debug/sheer
 
+.PHONY: faults
+faults: ## Make every fault of the fault plan, at length (about 40 minutes); writes docs/reliability.md
+	@scripts/packages test
+	$(CARGO) build --locked -p sheer
+	@scripts/faults $(ARGS)
+
 .PHONY: guards
 guards: ## Switch safeguards off one at a time: a test must notice each (about 20 minutes)
 	@scripts/packages test

@@ -8,6 +8,7 @@ use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 /// How long anything that should be quick may take on a busy machine.
@@ -20,6 +21,7 @@ pub struct Control<'a> {
     /// The running program.
     pub program: Program,
     home: PathBuf,
+    variables: Vec<(&'static str, String)>,
 }
 
 impl<'a> Control<'a> {
@@ -28,9 +30,17 @@ impl<'a> Control<'a> {
     /// # Errors
     /// With what it printed, when it does not start.
     pub fn start(host: &'a Host, home: &Path) -> Result<Self> {
+        Self::start_with(host, home, &[])
+    }
+
+    /// The same with variables of the environment.
+    ///
+    /// # Errors
+    /// With what it printed, when it does not start.
+    pub fn start_with(host: &'a Host, home: &Path, variables: &[(&'static str, String)]) -> Result<Self> {
         std::fs::create_dir_all(home.join("mesh.d"))?;
-        let program = Self::launch(host, home)?;
-        let control = Self { host, program, home: home.to_owned() };
+        let program = Self::launch(host, home, variables)?;
+        let control = Self { host, program, home: home.to_owned(), variables: variables.to_vec() };
         control.wait_until_ready()?;
         Ok(control)
     }
@@ -40,7 +50,7 @@ impl<'a> Control<'a> {
     /// # Errors
     /// With what it printed, when it does not start.
     pub fn restart(&mut self) -> Result<()> {
-        self.program = Self::launch(self.host, &self.home)?;
+        self.program = Self::launch(self.host, &self.home, &self.variables)?;
         self.wait_until_ready()
     }
 
@@ -67,7 +77,10 @@ impl<'a> Control<'a> {
         let uses = uses.to_string();
         let text =
             self.sheer(&["token", "create", "-n", namespace, "--service-account", service_account, "--uses", &uses])?;
-        let file = self.home.join(format!("{namespace}-{service_account}-{}.token", text.len()));
+        // Who was given one before may not have read it yet.
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Relaxed);
+        let file = self.home.join(format!("{namespace}-{service_account}-{number}.token"));
         std::fs::write(&file, text)?;
         Ok(file)
     }
@@ -103,8 +116,9 @@ impl<'a> Control<'a> {
         })
     }
 
-    fn launch(host: &Host, home: &Path) -> Result<Program> {
+    fn launch(host: &Host, home: &Path, variables: &[(&'static str, String)]) -> Result<Program> {
         let mut command = host.command(sheer()?);
+        command.envs(variables.iter().map(|(name, value)| (name, value)));
         command.arg("control").arg("--config").arg(home.join("mesh.d")).arg("--state").arg(home.join("state"));
         command.args(["--proxy-listen", &format!("{}:15012", Ipv4Addr::UNSPECIFIED)]);
         command.args(["--advertise", &format!("{}:15012", host.address())]);
@@ -195,6 +209,12 @@ impl Workload {
     /// More flags.
     pub fn flags(mut self, flags: &[&str]) -> Self {
         self.command.args(flags);
+        self
+    }
+
+    /// Variables of the environment.
+    pub fn variables(mut self, variables: &[(&'static str, String)]) -> Self {
+        self.command.envs(variables.iter().map(|(name, value)| (name, value)));
         self
     }
 

@@ -5,7 +5,7 @@
 //! there is nothing else that they share. The kernel ends the holders with the test, and the namespaces with them, also
 //! when the test is killed.
 
-use crate::program::run;
+use crate::program::{Program, run};
 use crate::wait;
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
@@ -29,6 +29,24 @@ pub struct Net {
 }
 
 static TURN: Mutex<()> = Mutex::new(());
+
+/// Reads packets from a device, and writes each back after a while, as tc-netem would where the kernel has it.
+const DELAY: &str = r#"
+import fcntl, heapq, os, random, select, struct, sys, time
+name, by, jitter = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+device = os.open("/dev/net/tun", os.O_RDWR)
+fcntl.ioctl(device, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x1001))
+waiting, number = [], 0
+while True:
+    now = time.monotonic()
+    while waiting and waiting[0][0] <= now:
+        os.write(device, heapq.heappop(waiting)[2])
+    readable, _, _ = select.select([device], [], [], waiting[0][0] - now if waiting else None)
+    if readable:
+        number += 1
+        packet = os.read(device, 65536)
+        heapq.heappush(waiting, (time.monotonic() + by + random.uniform(-jitter, jitter), number, packet))
+"#;
 
 /// A host, or a container of one, with an address. It ends when this is dropped.
 pub struct Host {
@@ -122,6 +140,53 @@ impl Net {
             self.router.run(&["nft", &format!("add rule inet cut forward ip {direction} {} drop", host.address())])?;
         }
         Ok(())
+    }
+
+    /// Drops every packet to a host that would begin a connection; what is open goes on.
+    ///
+    /// # Errors
+    /// When the rule cannot be made.
+    pub fn lose_connects(&self, to: &Host) -> Result<()> {
+        let rule = format!("add rule inet cut forward ip daddr {} tcp flags & (syn | ack) == syn drop", to.address());
+        self.router.run(&["nft", &rule])
+    }
+
+    /// Drops this share of the packets to and from a host, at random.
+    ///
+    /// # Errors
+    /// When the rule cannot be made.
+    pub fn lose(&self, host: &Host, percent: u32) -> Result<()> {
+        for direction in ["saddr", "daddr"] {
+            let rule = format!(
+                "add rule inet cut forward ip {direction} {} numgen random mod 100 < {percent} drop",
+                host.address()
+            );
+            self.router.run(&["nft", &rule])?;
+        }
+        Ok(())
+    }
+
+    /// Delays every packet to a host by this time, give or take the other, until the returned program is ended.
+    ///
+    /// # Errors
+    /// When the way through the delay cannot be made.
+    pub fn delay(&self, to: &Host, by: Duration, jitter: Duration) -> Result<Program> {
+        let device = format!("slow{}", to.number);
+        let (by, jitter) = (by.as_secs_f64().to_string(), jitter.as_secs_f64().to_string());
+        let mut command = self.router.command("python3");
+        command.args(["-c", DELAY, &device, &by, &jitter]);
+        let program = Program::start(&device, self.directory(), &mut command)?;
+        wait::until("the delay is there", Duration::from_secs(5), || {
+            self.router.run(&["ip", "link", "show", &device])
+        })?;
+        self.router.run(&["ip", "link", "set", &device, "up"])?;
+        let table = (100 + u32::from(to.number)).to_string();
+        self.router.run(&["ip", "route", "replace", "default", "dev", &device, "table", &table])?;
+        let host = to.address().to_string();
+        // What comes out of the device again goes its ordinary way.
+        self.router.run(&["ip", "rule", "add", "iif", &device, "to", &host, "lookup", "main", "priority", "90"])?;
+        self.router.run(&["ip", "rule", "add", "to", &host, "lookup", &table, "priority", "100"])?;
+        Ok(program)
     }
 
     /// Undoes every cut.

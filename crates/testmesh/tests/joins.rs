@@ -12,6 +12,7 @@ use sheer_proxy::control::Address;
 use sheer_proxy::identity::{IdentityError, Keeper, Wanted};
 use sheer_proxy::state::Directory;
 use sheer_proxy::sync::{Demand, Leaving, Outputs, Setup, Standing, Sync};
+use sheer_testmesh::faults::{row, times};
 use sheer_testmesh::mesh::{Control, PATIENCE};
 use sheer_testmesh::net::Net;
 use sheer_testmesh::wait;
@@ -26,8 +27,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
-/// How many proxies the issue's promises are about.
-const HERD: usize = 200;
+/// How many proxies there are, as a rule and in the long form.
+const HERD: (usize, usize) = (200, 1000);
 
 const ENROLLMENT: &str = "apiVersion: sheer.dev/v1alpha1\nkind: Enrollment\nmetadata: {name: fleet}\nspec:\n  \
                           methods: [{token: {ttl: 1h, uses: 10000}}]\n  serviceAccounts: [web]\n";
@@ -164,17 +165,25 @@ fn come_back(
 
 #[test]
 fn two_hundred_join_with_one_token_and_come_back_one_by_one() -> Result<()> {
+    let count = times(HERD.0, HERD.1);
+    let done =
+        format!("{count} proxies join with one token at once, and come back to a control plane that was killed, twice");
+    row("F19", &done, "all back within 30 s of its return, spread over seconds, and no second wave", herd_of(count))
+}
+
+fn herd_of(count: usize) -> Result<String> {
     let net = Net::new()?;
     let (core, edge) = (net.host("core")?, net.host("edge")?);
     let mut control = Control::start(&core, &net.directory().join("control"))?;
-    control.write("fleet.yaml", &ENROLLMENT.replace("10000", &HERD.to_string()))?;
-    let token = wait::until("the Enrollment is in force", PATIENCE, || control.token("default", "web", 200))?;
+    control.write("fleet.yaml", &ENROLLMENT.replace("10000", &count.to_string()))?;
+    let token =
+        wait::until("the Enrollment is in force", PATIENCE, || control.token("default", "web", u32::try_from(count)?))?;
     let address = control.address();
     let new = || Simulated {
         snapshot: Arc::new(ArcSwap::from_pointee(Snapshot::new(DnsLabel::parse("default").expect("a name")))),
         attached: Arc::default(),
     };
-    let herd: Vec<Arc<Simulated>> = (0..HERD).map(|_| Arc::new(new())).collect();
+    let herd: Vec<Arc<Simulated>> = (0..count).map(|_| Arc::new(new())).collect();
     let home = net.directory().join("herd");
     // Dropped when the scenario ends, however it ends.
     let (end, ended) = watch::channel(());
@@ -197,24 +206,25 @@ fn two_hundred_join_with_one_token_and_come_back_one_by_one() -> Result<()> {
             })
         });
         let begun = Instant::now();
-        let times = wait::until("200 have joined", Duration::from_secs(30), || {
+        let times = wait::until("all have joined", Duration::from_secs(30 + count as u64 / 10), || {
             ensure!(!proxies.is_finished(), "a proxy gave up");
             returns(&herd, begun - Duration::from_millis(1))
         });
         let scenario = times.and_then(|times| {
-            eprintln!("200 joined within {:.2?}", at_share(&times, 100));
+            eprintln!("{count} joined within {:.2?}", at_share(&times, 100));
             let registered = control.query(&["get", "workloads"])?;
             let registered = registered["workloads"].as_array().context("no list")?.len();
-            ensure!(registered == HERD, "{registered} workloads are registered");
+            ensure!(registered == count, "{registered} workloads are registered");
             // The token is used up: not one use was lost to a join that had to be tried twice.
             let late = edge.inside(|| {
                 let keeper = keeper(&wanted("late", &[&address], &token), &home.join("late"))?;
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
                 Ok(runtime.block_on(keeper.run()).to_string())
             })?;
-            ensure!(late.contains("already used by 200"), "{late}");
+            ensure!(late.contains(&format!("already used by {count}")), "{late}");
 
             // As soon as it can be, and after a while: nobody comes at once, and everybody soon.
+            let mut figures = Vec::new();
             for (away, change) in [(0, "soon"), (3, "later")] {
                 let times = come_back(&mut control, &herd, Duration::from_secs(away), change)?;
                 let spread = at_share(&times, 100) - at_share(&times, 0);
@@ -222,13 +232,14 @@ fn two_hundred_join_with_one_token_and_come_back_one_by_one() -> Result<()> {
                 let busiest =
                     times.iter().map(|at| times.iter().filter(|it| **it >= *at && **it - *at < SECOND).count());
                 let busiest = busiest.max().unwrap_or_default();
-                ensure!(busiest <= HERD / 2, "{busiest} came within one second: {times:?}");
+                ensure!(busiest <= count / 2, "{busiest} came within one second: {times:?}");
+                figures.push(format!("{:.1?}, {busiest} in the busiest second", at_share(&times, 100)));
             }
-            Ok(())
+            Ok(format!("the last was back {}", figures.join("; ")))
         });
         drop(end);
         let ended = proxies.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        scenario.and(ended)
+        ended.and(scenario)
     })
 }
 
