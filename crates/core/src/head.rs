@@ -1,12 +1,12 @@
 //! Heads of requests and responses: the one canonical form on which everything is decided and which is sent on.
 //!
-//! A head keeps the form it came in, so that forwarding copies nothing that did not change: over HTTP/1 the bytes, with
-//! fields as ranges over them and changes as ranges over a second buffer; over HTTP/2 the map that its codec decoded and
-//! will encode again. Names compare without regard to case and keep their spelling.
+//! A head keeps the bytes it came in, over HTTP/1 as received and over HTTP/2 as decompressed, with fields as ranges over
+//! them and changes as ranges over a second buffer, so that forwarding copies nothing that did not change. Names compare
+//! without regard to case and keep their spelling.
 
 use bytes::{Bytes, BytesMut};
-use http::header::{HeaderName, HeaderValue};
-use http::{HeaderMap, Method, StatusCode, Uri};
+use http::header::HeaderValue;
+use http::{Method, StatusCode};
 use smallvec::SmallVec;
 use std::ops::Range;
 
@@ -39,12 +39,6 @@ macro_rules! known_names {
                 }
                 $(if name.len() == $text.len() && name.eq_ignore_ascii_case($text.as_bytes()) { return Known::$variant; })*
                 Known::Other
-            }
-
-            /// The name as the key of a map, made once.
-            fn key(self) -> Option<&'static HeaderName> {
-                static KEYS: [HeaderName; [$($text),*].len()] = [$(HeaderName::from_static($text)),*];
-                KEYS.get(self as usize)
             }
         }
     };
@@ -102,10 +96,6 @@ impl KnownSet {
     pub const fn contains(self, name: Known) -> bool {
         self.0 & (1 << name as u32) != 0
     }
-
-    const fn without(self, name: Known) -> Self {
-        Self(self.0 & !(1 << name as u32))
-    }
 }
 
 /// The head has more than [`MAX_FIELDS`] fields, or a name or value of more than 65,535 bytes.
@@ -130,6 +120,7 @@ struct Field {
     known: Known,
     name_edited: bool,
     value_edited: bool,
+    sensitive: bool,
 }
 
 impl Field {
@@ -142,6 +133,7 @@ impl Field {
             known,
             name_edited: name.edited,
             value_edited: value.edited,
+            sensitive: false,
         })
     }
 
@@ -155,16 +147,9 @@ impl Field {
 }
 
 /// The fields of a head, in order, repeated names kept apart. Small, because heads are moved about.
-#[derive(Clone, Debug)]
-pub struct Fields(Form);
+#[derive(Clone, Debug, Default)]
+pub struct Fields(Box<Lines>);
 
-#[derive(Clone, Debug)]
-enum Form {
-    Lines(Box<Lines>),
-    Decoded(Box<Decoded>),
-}
-
-/// Received over HTTP/1, or made here.
 #[derive(Clone, Debug, Default)]
 struct Lines {
     raw: Bytes,
@@ -175,57 +160,25 @@ struct Lines {
     target: Span,
 }
 
-/// Received over HTTP/2.
-#[derive(Clone, Debug, Default)]
-struct Decoded {
-    headers: HeaderMap,
-    /// What a request is for.
-    uri: Uri,
-    /// The known names that the map has.
-    known: KnownSet,
-}
-
-impl Default for Fields {
-    fn default() -> Self {
-        Self(Form::Lines(Box::default()))
-    }
+/// A field as a codec that compresses sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry<'a> {
+    /// The name as spelled.
+    pub name: &'a [u8],
+    /// The value.
+    pub value: &'a [u8],
+    /// The name, where the mesh knows it.
+    pub known: Known,
+    /// Its sender asked that it never enter a compression table (RFC 7541, section 7.1.3).
+    pub sensitive: bool,
+    /// The value is not the one that was received.
+    pub changed: bool,
 }
 
 impl Fields {
     /// Empty fields over the received bytes that [`Fields::push_received`] will point into.
     pub fn over(raw: Bytes) -> Self {
-        Self(Form::Lines(Box::new(Lines { raw, ..Lines::default() })))
-    }
-
-    /// The fields that an HTTP/2 codec has decoded. Each is shown once, with its known name, and may be refused.
-    ///
-    /// # Errors
-    /// [`TooManyFields`], or why a field was refused.
-    pub fn decoded<E: From<TooManyFields>>(
-        mut headers: HeaderMap,
-        mut admit: impl FnMut(Known, &str, &mut HeaderValue) -> Result<(), E>,
-    ) -> Result<Self, E> {
-        if headers.len() > MAX_FIELDS {
-            return Err(TooManyFields.into());
-        }
-        let mut all = KnownSet::default();
-        for (name, value) in &mut headers {
-            let known = Known::of(name.as_str().as_bytes());
-            all = all.with(known);
-            admit(known, name.as_str(), value)?;
-        }
-        Ok(Self(Form::Decoded(Box::new(Decoded { headers, uri: Uri::default(), known: all }))))
-    }
-
-    /// Takes the map out for an HTTP/2 codec, when the fields are still in that form. What is left is empty.
-    pub fn take_decoded(&mut self) -> Option<HeaderMap> {
-        match &mut self.0 {
-            Form::Lines(_) => None,
-            Form::Decoded(decoded) => {
-                decoded.known = KnownSet::default();
-                Some(std::mem::take(&mut decoded.headers))
-            }
-        }
+        Self(Box::new(Lines { raw, ..Lines::default() }))
     }
 
     /// Adds a field that lies at these ranges of the received bytes.
@@ -233,9 +186,8 @@ impl Fields {
     /// # Errors
     /// [`TooManyFields`].
     pub fn push_received(&mut self, name: Range<usize>, value: Range<usize>) -> Result<(), TooManyFields> {
-        let lines = self.lines_mut();
-        let known = Known::of(&lines.raw[name.clone()]);
-        lines.push(Field::new(known, received(name), received(value))?)
+        let known = Known::of(&self.0.raw[name.clone()]);
+        self.push_parsed(known, name, value)
     }
 
     /// Like [`Fields::push_received`], for a codec that has looked the name up already and freezes the received bytes
@@ -244,13 +196,27 @@ impl Fields {
     /// # Errors
     /// [`TooManyFields`].
     pub fn push_parsed(&mut self, known: Known, name: Range<usize>, value: Range<usize>) -> Result<(), TooManyFields> {
-        self.lines_mut().push(Field::new(known, received(name), received(value))?)
+        self.0.push(Field::new(known, received(name), received(value))?)
+    }
+
+    /// Like [`Fields::push_parsed`], for a field whose sender asked that it never enter a compression table.
+    ///
+    /// # Errors
+    /// [`TooManyFields`].
+    pub fn push_sensitive(
+        &mut self,
+        known: Known,
+        name: Range<usize>,
+        value: Range<usize>,
+    ) -> Result<(), TooManyFields> {
+        let field = Field::new(known, received(name), received(value))?;
+        self.0.push(Field { sensitive: true, ..field })
     }
 
     /// Names the received bytes into which the parsed ranges point. They must be those that were parsed: a range
     /// outside of them reads as empty.
     pub fn lay_over(&mut self, raw: Bytes) {
-        self.lines_mut().raw = raw;
+        self.0.raw = raw;
     }
 
     /// Adds a field at the end.
@@ -258,23 +224,15 @@ impl Fields {
     /// # Errors
     /// [`TooManyFields`].
     pub fn append(&mut self, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
-        if let Form::Decoded(decoded) = &mut self.0
-            && let (Ok(key), Ok(value)) = (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_bytes(value))
-        {
-            return decoded.append(key, value);
-        }
-        self.lines_mut().append(name, value)
+        self.0.append(Known::of(name.as_bytes()), name, value)
     }
 
-    /// Adds a known field at the end. Its value is shared where the form allows it.
+    /// Adds a known field at the end.
     ///
     /// # Errors
     /// [`TooManyFields`].
     pub fn append_known(&mut self, known: Known, value: &HeaderValue) -> Result<(), TooManyFields> {
-        match (&mut self.0, known.key()) {
-            (Form::Decoded(decoded), Some(key)) => decoded.append(key.clone(), value.clone()),
-            _ => self.append(known.as_str(), value.as_bytes()),
-        }
+        self.0.append(known, known.as_str(), value.as_bytes())
     }
 
     /// Gives the name this one value, in the place of the first field that has it, or at the end.
@@ -282,75 +240,40 @@ impl Fields {
     /// # Errors
     /// [`TooManyFields`].
     pub fn set(&mut self, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
-        if let Form::Decoded(decoded) = &mut self.0
-            && let (Ok(key), Ok(value)) = (HeaderName::from_bytes(name.as_bytes()), HeaderValue::from_bytes(value))
-        {
-            return decoded.set(key, value);
-        }
-        self.lines_mut().set(name, value)
+        self.0.set(name, value)
     }
 
     /// Removes every field of this name. True when there was one.
     pub fn remove(&mut self, name: &str) -> bool {
-        match &mut self.0 {
-            Form::Lines(lines) => lines.remove(name),
-            Form::Decoded(decoded) => {
-                decoded.known = decoded.known.without(Known::of(name.as_bytes()));
-                decoded.headers.remove(name).is_some()
-            }
-        }
+        self.0.remove(name)
     }
 
     /// Removes every field of these known names. [`Known::Other`] removes nothing.
     pub fn remove_known(&mut self, names: &[Known]) {
-        match &mut self.0 {
-            Form::Lines(lines) => {
-                lines.list.retain(|field| field.known == Known::Other || !names.contains(&field.known));
-            }
-            Form::Decoded(decoded) => {
-                for known in names.iter().filter(|known| decoded.known.contains(**known)) {
-                    decoded.headers.remove(known.as_str());
-                }
-                decoded.known = names.iter().fold(decoded.known, |set, known| set.without(*known));
-            }
-        }
+        let names = KnownSet::of(names);
+        self.0.list.retain(|field| !names.contains(field.known));
     }
 
     /// Keeps the fields for which the test of name, value and known name is true.
     pub fn retain(&mut self, mut keep: impl FnMut(&[u8], &[u8], Known) -> bool) {
-        let Lines { raw, edits, list, .. } = self.lines_mut();
+        let Lines { raw, edits, list, .. } = &mut *self.0;
         list.retain(|field| keep(resolve(raw, edits, field.name()), resolve(raw, edits, field.value()), field.known));
     }
 
     /// Writes the fields as HTTP/1 lines, except those of the names to skip. Neighbours that are as they were received
     /// are copied as one range. A changed value that could end its line early is left out: no change may add a field.
     pub fn write_lines(&self, out: &mut BytesMut, skip: KnownSet) {
-        match &self.0 {
-            Form::Lines(lines) => lines.write(out, skip),
-            Form::Decoded(_) => {
-                for (name, value, _) in self.iter().filter(|(_, _, known)| !skip.contains(*known)) {
-                    write_line(out, name, value);
-                }
-            }
-        }
+        self.0.write(out, skip);
     }
 
     /// The first value of a known name.
     pub fn get(&self, known: Known) -> Option<&[u8]> {
-        match &self.0 {
-            Form::Lines(lines) => {
-                lines.list.iter().find(|field| field.known == known).map(|field| lines.bytes(field.value()))
-            }
-            Form::Decoded(decoded) if decoded.known.contains(known) => {
-                decoded.headers.get(known.key()?).map(HeaderValue::as_bytes)
-            }
-            Form::Decoded(_) => None,
-        }
+        self.0.list.iter().find(|field| field.known == known).map(|field| self.0.bytes(field.value()))
     }
 
     /// All values of a known name, in order.
     pub fn values(&self, known: Known) -> impl Iterator<Item = &[u8]> {
-        self.iter().filter(move |(_, _, it)| *it == known).map(|(_, value, _)| value)
+        self.0.list.iter().filter(move |field| field.known == known).map(|field| self.0.bytes(field.value()))
     }
 
     /// All values of a name, in order.
@@ -360,28 +283,23 @@ impl Fields {
 
     /// Name as spelled, value, and the known name, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8], Known)> {
-        let (lines, decoded) = match &self.0 {
-            Form::Lines(lines) => (Some(lines), None),
-            Form::Decoded(decoded) => (None, Some(decoded)),
-        };
-        let lines = lines.into_iter().flat_map(|lines| {
-            lines.list.iter().map(|field| (lines.bytes(field.name()), lines.bytes(field.value()), field.known))
-        });
-        let decoded = decoded.into_iter().flat_map(|decoded| {
-            decoded.headers.iter().map(|(name, value)| {
-                let name = name.as_str().as_bytes();
-                (name, value.as_bytes(), Known::of(name))
-            })
-        });
-        lines.chain(decoded)
+        self.entries().map(|entry| (entry.name, entry.value, entry.known))
+    }
+
+    /// The fields for a codec that compresses, in order.
+    pub fn entries(&self) -> impl Iterator<Item = Entry<'_>> {
+        self.0.list.iter().map(|field| Entry {
+            name: self.0.bytes(field.name()),
+            value: self.0.bytes(field.value()),
+            known: field.known,
+            sensitive: field.sensitive,
+            changed: field.value_edited,
+        })
     }
 
     /// Number of fields.
     pub fn len(&self) -> usize {
-        match &self.0 {
-            Form::Lines(lines) => lines.list.len(),
-            Form::Decoded(decoded) => decoded.headers.len(),
-        }
+        self.0.list.len()
     }
 
     /// True when there is none.
@@ -393,63 +311,15 @@ impl Fields {
     pub fn has_token(&self, known: Known, token: &str) -> bool {
         self.values(known).any(|value| tokens(value).any(|found| found.eq_ignore_ascii_case(token.as_bytes())))
     }
-
-    /// The fields as lines, whatever form they came in.
-    fn lines_mut(&mut self) -> &mut Lines {
-        if let Form::Decoded(decoded) = &self.0 {
-            self.0 = Form::Lines(Box::new(Lines::of(decoded)));
-        }
-        match &mut self.0 {
-            Form::Lines(lines) => lines,
-            Form::Decoded(_) => unreachable!("it has just been replaced"),
-        }
-    }
-}
-
-impl Decoded {
-    fn authority(&self) -> &str {
-        self.uri.authority().map_or("", |it| it.as_str())
-    }
-
-    fn target(&self) -> &str {
-        self.uri.path_and_query().map_or("", |it| it.as_str())
-    }
-
-    fn append(&mut self, name: HeaderName, value: HeaderValue) -> Result<(), TooManyFields> {
-        if self.headers.len() >= MAX_FIELDS {
-            return Err(TooManyFields);
-        }
-        self.known = self.known.with(Known::of(name.as_str().as_bytes()));
-        self.headers.try_append(name, value).map(drop).map_err(|_| TooManyFields)
-    }
-
-    fn set(&mut self, name: HeaderName, value: HeaderValue) -> Result<(), TooManyFields> {
-        if self.headers.len() >= MAX_FIELDS && !self.headers.contains_key(&name) {
-            return Err(TooManyFields);
-        }
-        self.known = self.known.with(Known::of(name.as_str().as_bytes()));
-        self.headers.try_insert(name, value).map(drop).map_err(|_| TooManyFields)
-    }
 }
 
 impl Lines {
-    fn of(decoded: &Decoded) -> Self {
-        let mut lines = Self::default();
-        lines.is_for(decoded.authority(), decoded.target());
-        for (name, value) in &decoded.headers {
-            // They fitted into a map of as many, which holds no longer ones.
-            let _ = lines.append(name.as_str(), value.as_bytes());
-        }
-        lines
-    }
-
     fn is_for(&mut self, authority: &str, target: &str) {
         self.authority = self.edit(authority.as_bytes());
         self.target = self.edit(target.as_bytes());
     }
 
-    fn append(&mut self, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
-        let known = Known::of(name.as_bytes());
+    fn append(&mut self, known: Known, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
         self.edits.reserve(name.len() + value.len());
         let name = self.edit(name.as_bytes());
         let value = self.edit(value);
@@ -458,11 +328,11 @@ impl Lines {
 
     fn set(&mut self, name: &str, value: &[u8]) -> Result<(), TooManyFields> {
         let Some(first) = self.list.iter().position(|field| self.is_named(field, name)) else {
-            return self.append(name, value);
+            return self.append(Known::of(name.as_bytes()), name, value);
         };
         let span = self.edit(value);
         let field = &self.list[first];
-        self.list[first] = Field::new(field.known, field.name(), span)?;
+        self.list[first] = Field { sensitive: field.sensitive, ..Field::new(field.known, field.name(), span)? };
         let mut place = 0;
         let (raw, edits) = (&self.raw, &self.edits);
         self.list.retain(|field| {
@@ -603,24 +473,9 @@ impl RequestHead {
         target: Range<usize>,
         mut fields: Fields,
     ) -> Self {
-        let lines = fields.lines_mut();
+        let lines = &mut *fields.0;
         (lines.authority, lines.target) = (received(authority), received(target));
         let mut head = Self { method, scheme: Scheme::Http, version, fields, path_len: 0 };
-        head.measure_path();
-        head
-    }
-
-    /// A head that an HTTP/2 codec has decoded, with [`Fields::decoded`]. The target must be ASCII.
-    pub fn decoded(method: Method, uri: Uri, mut fields: Fields) -> Self {
-        let scheme = if uri.scheme() == Some(&http::uri::Scheme::HTTPS) { Scheme::Https } else { Scheme::Http };
-        match &mut fields.0 {
-            Form::Decoded(decoded) => decoded.uri = uri,
-            Form::Lines(lines) => lines.is_for(
-                uri.authority().map_or("", |it| it.as_str()),
-                uri.path_and_query().map_or("", |it| it.as_str()),
-            ),
-        }
-        let mut head = Self { method, scheme, version: Version::Http2, fields, path_len: 0 };
         head.measure_path();
         head
     }
@@ -629,26 +484,15 @@ impl RequestHead {
     pub fn new(method: Method, version: Version, authority: &str, target: &str) -> Self {
         let mut lines = Lines::default();
         lines.is_for(authority, target);
-        let fields = Fields(Form::Lines(Box::new(lines)));
+        let fields = Fields(Box::new(lines));
         let mut head = Self { method, scheme: Scheme::Http, version, fields, path_len: 0 };
         head.measure_path();
         head
     }
 
-    /// What was asked for as an HTTP/2 codec decoded it, when the head is still in that form.
-    pub fn decoded_uri(&self) -> Option<&Uri> {
-        match &self.fields.0 {
-            Form::Lines(_) => None,
-            Form::Decoded(decoded) => Some(&decoded.uri),
-        }
-    }
-
     /// Host and optional port that the request is for: `Host`, the absolute target's, or `:authority`. As sent.
     pub fn authority(&self) -> &str {
-        match &self.fields.0 {
-            Form::Lines(lines) => text(lines.bytes(lines.authority)),
-            Form::Decoded(decoded) => decoded.authority(),
-        }
+        text(self.fields.0.bytes(self.fields.0.authority))
     }
 
     /// The authority without its port and without a trailing dot. Case as sent.
@@ -663,10 +507,7 @@ impl RequestHead {
 
     /// Path and query as sent.
     pub fn target(&self) -> &str {
-        match &self.fields.0 {
-            Form::Lines(lines) => text(lines.bytes(lines.target)),
-            Form::Decoded(decoded) => decoded.target(),
-        }
+        text(self.fields.0.bytes(self.fields.0.target))
     }
 
     /// The path alone, as sent: no decoding, no merging of slashes.
@@ -681,7 +522,7 @@ impl RequestHead {
 
     /// Changes the authority, and `Host` with it where the head has one.
     pub fn set_authority(&mut self, authority: &str) {
-        let lines = self.fields.lines_mut();
+        let lines = &mut *self.fields.0;
         lines.authority = lines.edit(authority.as_bytes());
         if self.fields.get(Known::Host).is_some() {
             // The name is there, so no field is added.
@@ -691,7 +532,7 @@ impl RequestHead {
 
     /// Changes path and query.
     pub fn set_target(&mut self, target: &str) {
-        let lines = self.fields.lines_mut();
+        let lines = &mut *self.fields.0;
         lines.target = lines.edit(target.as_bytes());
         self.measure_path();
     }
@@ -779,69 +620,15 @@ mod tests {
         assert_eq!(written(&head, KnownSet::default()), "Host: api\r\nX-A: 1\r\nx-a: 2\r\nx-b: 4\r\n");
     }
 
-    /// A head that came over HTTP/2.
-    fn decoded() -> RequestHead {
-        let mut headers = HeaderMap::new();
-        for (name, value) in [("x-a", "1"), ("te", "trailers"), ("x-a", "2"), ("x-sheer-peer", "me")] {
-            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
-        }
-        let fields = Fields::decoded(headers, |_, _, _| Ok::<_, TooManyFields>(())).unwrap();
-        RequestHead::decoded(Method::GET, Uri::from_static("https://Web:80/a/b?x=1"), fields)
-    }
-
-    fn all(head: &RequestHead) -> Vec<(&str, &str)> {
-        let mut all: Vec<_> = head.fields.iter().map(|(name, value, _)| (text(name), text(value))).collect();
-        all.sort_by_key(|(name, _)| *name);
-        all
-    }
-
     #[test]
-    fn a_decoded_head_says_the_same_as_lines() {
-        let mut head = decoded();
-        assert_eq!((head.authority(), head.host(), head.scheme), ("Web:80", "Web", Scheme::Https));
-        assert_eq!((head.path(), head.query()), ("/a/b", Some("x=1")));
-        assert_eq!(head.fields.values_of("X-A").collect::<Vec<_>>(), [b"1", b"2"]);
-        assert_eq!((head.fields.get(Known::Te), head.fields.get(Known::Host)), (Some(&b"trailers"[..]), None));
-        let mut lines = BytesMut::new();
-        head.fields.write_lines(&mut lines, KnownSet::of(&[Known::Te, Known::SheerPeer]));
-        assert_eq!(lines, "x-a: 1\r\nx-a: 2\r\n");
-        // One that is changed where only lines can hold it keeps what it is for.
-        head.set_target("/c");
-        assert_eq!((head.authority(), head.path(), head.query()), ("Web:80", "/c", None));
-        assert_eq!(all(&head), [("te", "trailers"), ("x-a", "1"), ("x-a", "2"), ("x-sheer-peer", "me")]);
-        assert!(head.fields.take_decoded().is_none() && head.decoded_uri().is_none());
-    }
-
-    #[test]
-    fn a_decoded_head_is_edited_as_lines_are() {
-        let mut head = decoded();
-        let fields = &mut head.fields;
-        fields.remove_known(&[Known::SheerPeer, Known::Other, Known::ClientCert]);
-        assert_eq!(fields.get(Known::SheerPeer), None);
-        fields.append_known(Known::ClientCert, &HeaderValue::from_static("URI=a")).unwrap();
-        fields.set("X-A", b"3").unwrap();
-        fields.append("X-B", b"4").unwrap();
-        assert_eq!(fields.get(Known::ClientCert), Some(&b"URI=a"[..]));
-        assert!(fields.remove("Te") && !fields.remove("te"));
-        assert_eq!(fields.get(Known::Te), None);
-        fields.append("te", b"gzip").unwrap();
-        assert_eq!(fields.get(Known::Te), Some(&b"gzip"[..]));
-        fields.retain(|name, _, _| name != b"te");
-        assert_eq!(all(&head), [("x-a", "3"), ("x-b", "4"), ("x-forwarded-client-cert", "URI=a")]);
-    }
-
-    #[test]
-    fn decoded_fields_are_bounded() {
-        let mut headers = HeaderMap::new();
-        for _ in 0..MAX_FIELDS {
-            headers.append("a", HeaderValue::from_static("b"));
-        }
-        let admit = |_: Known, _: &str, _: &mut HeaderValue| Ok(());
-        let mut fields = Fields::decoded::<TooManyFields>(headers.clone(), admit).unwrap();
-        assert_eq!(fields.append("a", b"b"), Err(TooManyFields));
-        assert_eq!((fields.set("c", b"d"), fields.set("a", b"d")), (Err(TooManyFields), Ok(())));
-        headers.append("a", HeaderValue::from_static("b"));
-        assert_eq!(Fields::decoded(headers, admit).unwrap_err(), TooManyFields);
+    fn what_its_sender_calls_sensitive_stays_so() {
+        let mut fields = Fields::default();
+        fields.push_parsed(Known::Other, 0..1, 1..2).unwrap();
+        fields.push_sensitive(Known::Other, 2..3, 3..4).unwrap();
+        fields.lay_over(Bytes::from_static(b"abcd"));
+        let plain = Entry { name: b"a", value: b"b", known: Known::Other, sensitive: false, changed: false };
+        let sensitive = Entry { name: b"c", value: b"d", known: Known::Other, sensitive: true, changed: false };
+        assert_eq!(fields.clone().entries().collect::<Vec<_>>(), [plain, sensitive]);
     }
 
     #[test]

@@ -130,16 +130,6 @@ impl Body {
         }
     }
 
-    /// Like [`Body::is_empty`], without asking a connection what has arrived since.
-    pub fn is_known_empty(&self) -> bool {
-        match self {
-            Body::H2(incoming) => incoming.has_ended(),
-            Body::Metered(body) => body.is_known_empty(),
-            Body::Watched(body) => body.is_known_empty(),
-            Body::Empty | Body::Full(_) | Body::H1(_) => self.is_empty(),
-        }
-    }
-
     /// The next part; `None` at the end. After an error nothing more comes.
     pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame, BodyError>>> {
         match self {
@@ -207,24 +197,39 @@ pub trait InterimSink {
 
 /// The way back for interim answers. Cloning is cheap, so that each try of a request can hold it; the default drops them.
 #[derive(Clone, Default)]
-pub struct Interim(Option<Rc<dyn InterimSink>>);
+pub struct Interim(Way);
+
+#[derive(Clone, Default)]
+enum Way {
+    #[default]
+    None,
+    Http1(Rc<dyn InterimSink>),
+    Http2(crate::h2::Interims),
+}
 
 impl Interim {
     /// Answers go to this connection.
     pub fn to(sink: Rc<dyn InterimSink>) -> Self {
-        Self(Some(sink))
+        Self(Way::Http1(sink))
+    }
+
+    /// Answers go to this stream.
+    pub fn over_http2(stream: crate::h2::Interims) -> Self {
+        Self(Way::Http2(stream))
     }
 
     /// Passes an interim answer on.
     pub fn send(&self, head: ResponseHead) {
-        if let Some(sink) = &self.0 {
-            sink.send(head);
+        match &self.0 {
+            Way::None => {}
+            Way::Http1(sink) => sink.send(head),
+            Way::Http2(stream) => stream.send(&head),
         }
     }
 }
 
 impl fmt::Debug for Interim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "Interim" } else { "Interim(none)" })
+        f.write_str(if matches!(self.0, Way::None) { "Interim(none)" } else { "Interim" })
     }
 }

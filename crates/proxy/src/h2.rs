@@ -1,64 +1,95 @@
-//! HTTP/2 on the `h2` crate: one server loop and one client handle, which speak the data path's messages.
+//! HTTP/2 (RFC 9113), both sides of it, for one thread.
 //!
-//! Framing, HPACK, flow control windows and stream states are the crate's. Ours are the strict reading of heads
-//! (`convert`), bodies whose window opens as they are consumed, resets that travel both ways, trailers, GOAWAY as a
-//! promise about what was not processed, and the limits.
+//! - [`hpack`] and [`frame`] are the bytes; [`head`] reads decompressed fields strictly and writes ours.
+//! - [`connection`] is the state of one connection: its streams, both directions' windows, what waits to be written, and
+//!   how much patience is left with its peer. It does no input or output. [`driver`] does: one task a connection reads
+//!   frames into that state and writes what has gathered there, everything in one write where it fits.
+//! - [`server`] and [`client`] are the two sides, [`incoming`] the bodies that arrive and [`pump`] those that are sent.
+//!   They run in tasks of their own and share the state with the driver behind one `RefCell`, borrowed inside single
+//!   polls and never while anything foreign is polled.
 
 pub mod client;
-mod convert;
+mod connection;
+mod driver;
+mod frame;
+mod head;
+mod hpack;
 pub mod incoming;
+mod output;
+mod patience;
 mod pump;
 pub mod server;
+mod stream;
 
+pub use frame::Code;
 pub use incoming::Incoming;
+pub use server::Interims;
 
-use h2::{Ping, PingPong};
-use std::task::{Context, Poll, Waker};
+use std::io;
 use std::time::Duration;
 
-/// The most bytes a peer may have in flight on one stream towards us: what a slow reader makes us keep for it.
-const STREAM_WINDOW: u32 = 256 * 1024;
+/// How far ahead of its reader a peer may send on one stream at first, in bytes: what a reader that has stopped makes us
+/// keep. It is the protocol's own default. Readers that keep up get more, up to [`MAX_STREAM_WINDOW`].
+const STREAM_WINDOW: u32 = 65_535;
 
-/// The most bytes a peer may have in flight on one connection: eight busy streams at full window.
+/// The largest window that a stream grows to.
+const MAX_STREAM_WINDOW: u32 = 1024 * 1024;
+
+/// What all streams of a connection together may grow beyond [`STREAM_WINDOW`].
+const GROWTH: u32 = 4 * 1024 * 1024;
+
+/// How far ahead of this proxy a peer may send on one connection.
 const CONNECTION_WINDOW: u32 = 2 * 1024 * 1024;
 
-/// What one stream may have queued for sending before its writer waits.
+/// What may wait on one connection for its readers before the connection's window stays shut.
+const MAX_WAITING: usize = 16 * 1024 * 1024;
+
+/// What waits to be written on one connection before those who send bodies wait too.
 const SEND_BUFFER: usize = 64 * 1024;
 
 /// Streams that a connection carries at once, from the application or from a mesh peer.
 const MAX_STREAMS: u32 = 1000;
 
-/// Streams that a peer may reset before they were looked at (rapid reset, CVE-2023-44487).
-const MAX_PENDING_RESETS: usize = 100;
-
-/// Streams that we reset because of the peer's own mistakes before the connection ends (CVE-2025-8671).
-const MAX_ERROR_RESETS: usize = 1024;
+/// Decompressed heads that a connection's open streams may have in all. Compressed, they can be a thousandth of that.
+const MAX_HEADS: usize = 4 * 1024 * 1024;
 
 /// How often a connection with open streams is asked whether the other side still lives. An answer that has not come
 /// when the next question is due ends it. A host that vanished is noticed earlier, by its silent TCP.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Asks the other side whether it lives.
-struct Pinger {
-    pings: Option<PingPong>,
-    waiting: bool,
+/// Intervals in which a peer that has asked for a body takes not a byte of it, before its stream is reset.
+const STALLED_INTERVALS: u8 = 6;
+
+/// How a connection ended other than in order.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The bytes below failed.
+    #[error("the connection failed")]
+    Io(#[from] io::Error),
+    /// The peer broke the protocol, or used up our patience, and was told so.
+    #[error("the peer broke the protocol ({code}): {detail}")]
+    Protocol {
+        /// What it was told.
+        code: Code,
+        /// What it did.
+        detail: &'static str,
+    },
+    /// The peer ended the connection with this code.
+    #[error("the peer ended the connection ({0})")]
+    Ended(Code),
+    /// The peer did not answer in time.
+    #[error("the peer did not answer in time")]
+    Silent,
+    /// The connection was closed while something was under way on it.
+    #[error("the connection is closed")]
+    Closed,
 }
 
-impl Pinger {
-    fn new(pings: Option<PingPong>) -> Self {
-        Self { pings, waiting: false }
-    }
-
-    /// Called once an interval. False when the last question was not answered.
-    fn beat(&mut self) -> bool {
-        let Some(pings) = &mut self.pings else { return true };
-        if self.waiting {
-            let mut cx = Context::from_waker(Waker::noop());
-            if !matches!(pings.poll_pong(&mut cx), Poll::Ready(Ok(_))) {
-                return false;
-            }
-        }
-        self.waiting = pings.send_ping(Ping::opaque()).is_ok();
-        true
+impl Error {
+    const fn protocol(detail: &'static str) -> Self {
+        Error::Protocol { code: Code::PROTOCOL_ERROR, detail }
     }
 }
+
+#[cfg(test)]
+mod tests;

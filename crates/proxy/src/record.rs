@@ -199,11 +199,6 @@ impl Watched {
         self.body.is_empty()
     }
 
-    /// See [`Body::is_known_empty`].
-    pub fn is_known_empty(&self) -> bool {
-        self.body.is_known_empty()
-    }
-
     /// See [`Body::poll_progress`].
     pub fn poll_progress(&mut self, cx: &mut Context<'_>) {
         self.body.poll_progress(cx);
@@ -269,11 +264,6 @@ impl Metered {
     /// See [`Body::is_empty`].
     pub fn is_empty(&self) -> bool {
         self.body.is_empty()
-    }
-
-    /// See [`Body::is_known_empty`].
-    pub fn is_known_empty(&self) -> bool {
-        self.body.is_known_empty()
     }
 
     /// See [`Body::poll_progress`].

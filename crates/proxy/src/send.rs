@@ -198,7 +198,7 @@ async fn attempt(
             Ok(connection) => connection,
             Err(error) => return Err(Failure { body: Some(body), ..Failure::from(error) }),
         };
-        return connection.send(head, body).await.map_err(|error| {
+        return connection.send(head, body, interim).await.map_err(|error| {
             let progress = if error.unprocessed { Progress::Declined } else { Progress::Unknown };
             let source = error.source.map(|source| Box::new(source) as _);
             Failure { progress, cause: error.cause, body: error.body, source }

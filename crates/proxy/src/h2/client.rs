@@ -1,59 +1,32 @@
 //! One connection to an endpoint over HTTP/2, shared by the requests of one worker.
 
+use super::connection::{Role, State};
+use super::driver::Driver;
 use super::incoming::AbortOnDrop;
-use super::server::body_of;
-use super::{
-    CONNECTION_WINDOW, MAX_ERROR_RESETS, MAX_PENDING_RESETS, PING_INTERVAL, Pinger, SEND_BUFFER, STREAM_WINDOW,
-    convert, pump,
-};
-use crate::body::{Body, Response};
+use super::pump::Pump;
+use super::stream::{By, Handle, Reset, Shared};
+use super::{Code, Error, Incoming};
+use crate::body::{Body, Interim, Response};
 use crate::io::Io;
-use bytes::Bytes;
-use h2::Reason;
-use h2::client::{ResponseFuture, SendRequest};
 use sheer_core::cause::Cause;
-use sheer_core::head::{MAX_HEAD_BYTES, RequestHead};
-use std::cell::{Cell, RefCell};
-use std::future::{Future, poll_fn};
-use std::pin::Pin;
+use sheer_core::head::{RequestHead, ResponseHead};
+use std::cell::RefCell;
+use std::future::poll_fn;
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
-use tokio::sync::Notify;
+use std::task::{Context, Poll};
 
 /// A connection that carries many requests at once. Cheap to clone; it closes when the last clone and the last stream
 /// are gone.
-#[derive(Clone)]
-pub struct Connection {
-    /// Never waits for room: one that would is replaced by a clone, which does not. Shared, since cloning it takes the
-    /// connection's lock twice.
-    sender: Rc<RefCell<SendRequest<Bytes>>>,
-    load: Rc<Load>,
-}
+#[derive(Clone, Debug)]
+pub struct Connection(Rc<Owned>);
 
-#[derive(Debug, Default)]
-struct Load {
-    streams: Cell<usize>,
-    closed: Cell<bool>,
-    began: Notify,
-}
-
-/// A request in flight on a connection.
+/// The state, for as long as somebody may ask for a stream.
 #[derive(Debug)]
-pub(super) struct StreamPermit(Rc<Load>);
+struct Owned(Shared);
 
-impl StreamPermit {
-    fn new(load: &Rc<Load>) -> Self {
-        let before = load.streams.replace(load.streams.get() + 1);
-        if before == 0 {
-            load.began.notify_one();
-        }
-        Self(load.clone())
-    }
-}
-
-impl Drop for StreamPermit {
+impl Drop for Owned {
     fn drop(&mut self) {
-        self.0.streams.set(self.0.streams.get() - 1);
+        self.0.borrow_mut().abandon();
     }
 }
 
@@ -66,151 +39,121 @@ pub struct SendError {
     pub unprocessed: bool,
     /// The request's body, when nothing of it was lost.
     pub body: Option<Body>,
-    /// The crate's own account.
-    pub source: Option<h2::Error>,
+    /// In other words.
+    pub source: Option<Error>,
 }
 
 impl Connection {
     /// Begins HTTP/2 on a connection. The connection's own work is a task of this worker.
-    ///
-    /// # Errors
-    /// When the connection breaks at once.
-    pub async fn start(io: Io) -> Result<Self, h2::Error> {
-        let (sender, mut connection) = builder().handshake::<_, Bytes>(io).await?;
-        let load = Rc::new(Load::default());
-        let shared = load.clone();
-        tokio::task::spawn_local(async move {
-            let mut pinger = Pinger::new(connection.ping_pong());
-            // One timer for the connection's life: while nothing is open it may fire late, and once.
-            let mut beat = std::pin::pin!(tokio::time::sleep(PING_INTERVAL));
-            loop {
-                let busy = shared.streams.get() > 0;
-                tokio::select! {
-                    biased;
-                    _ = &mut connection => break,
-                    () = &mut beat, if busy => {
-                        if !pinger.beat() {
-                            break;
-                        }
-                        beat.as_mut().reset(tokio::time::Instant::now() + PING_INTERVAL);
-                    }
-                    () = shared.began.notified(), if !busy => {}
-                }
-            }
-            shared.closed.set(true);
-        });
-        Ok(Self { sender: Rc::new(RefCell::new(sender)), load })
+    pub fn start(io: Io) -> Self {
+        let shared = Rc::new(RefCell::new(State::new(Role::Client)));
+        let driver = Driver::of_client(shared.clone(), io);
+        tokio::task::spawn_local(drive(driver, shared.clone()));
+        Self(Rc::new(Owned(shared)))
     }
 
     /// True when new requests may be sent: it is open and the other side has not said that it is leaving.
     pub fn is_open(&self) -> bool {
-        let mut cx = Context::from_waker(Waker::noop());
-        !self.load.closed.get() && !matches!(self.sender.borrow_mut().poll_ready(&mut cx), Poll::Ready(Err(_)))
+        self.0.0.borrow().is_open()
     }
 
     /// Requests in flight.
     pub fn streams(&self) -> usize {
-        self.load.streams.get()
+        self.0.0.borrow().streams()
     }
 
-    /// Sends a request and waits for the response's head. Dropping the future, or the response's body before its end,
-    /// resets the stream. The head keeps its fields where an error can give the body back.
+    /// Sends a request and waits for the response's head; interim ones are passed on as they come. Dropping the future,
+    /// or the response's body before its end, resets the stream.
     ///
     /// # Errors
     /// [`SendError`] when no response head came.
-    pub async fn send(&self, head: &mut RequestHead, body: Body) -> Result<Response, SendError> {
-        let Begun { permit, spare, response, mut pump } = self.begin(head, body)?;
-        // A small body has come with its head, as a rule: it goes on at once. What is left is a task's.
-        if let Some(sending) = &mut pump
-            && poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx).is_ready())).await
-        {
-            pump = None;
-        }
-        let pump = pump.map(|pump| AbortOnDrop(tokio::task::spawn_local(pump).abort_handle()));
-        let (parts, stream) = match response.await {
-            Ok(response) => response.into_parts(),
-            Err(error) => {
-                let unprocessed = is_unprocessed(&error);
-                let cause = cause_of(&error);
-                return Err(SendError { cause, unprocessed, body: spare, source: Some(error) });
-            }
-        };
-        let body = match body_of(stream, &parts.headers) {
-            Body::H2(incoming) => Body::H2(incoming.answering(pump, permit)),
-            other => other,
-        };
-        let head = convert::response_of(parts).map_err(|_| SendError {
-            cause: Cause::BadResponse,
-            unprocessed: false,
-            body: None,
-            source: None,
-        })?;
-        Ok(Response { head, body })
-    }
-
-    /// Apart from [`Connection::send`], whose future would hold what is borrowed here to its end.
-    fn begin(&self, head: &mut RequestHead, body: Body) -> Result<Begun, SendError> {
-        let permit = StreamPermit::new(&self.load);
+    pub async fn send(&self, head: &RequestHead, body: Body, interim: &Interim) -> Result<Response, SendError> {
         let spare = spare(&body);
-        let Ok(head) = convert::to_request(head, spare.is_some()) else {
-            return Err(SendError { cause: Cause::BadRequest, unprocessed: true, body: None, source: None });
-        };
-        let ends = body.is_known_empty();
-        let sent = {
-            let mut sender = self.sender.borrow_mut();
-            let sent = sender.send_request(head, ends);
-            // Nothing else waits for the new stream yet, so that asking in nobody's name takes no one's place.
-            if sender.poll_ready(&mut Context::from_waker(Waker::noop())).is_pending() {
-                let unhindered = sender.clone();
-                *sender = unhindered;
+        let unsent =
+            |body| SendError { cause: Cause::UpstreamReset, unprocessed: true, body, source: Some(Error::Closed) };
+        if !self.0.0.borrow().has_slot() {
+            poll_fn(|cx| self.poll_slot(cx)).await;
+        }
+        let stream = {
+            let mut state = self.0.0.borrow_mut();
+            if !state.is_open() {
+                return Err(unsent(spare));
             }
-            sent
+            let key = state.open(head, body.is_empty());
+            drop(state);
+            Waiting(Handle::new(&self.0.0, key))
         };
-        let (response, mut stream) = match sent {
-            Ok(sent) => sent,
-            // Whoever sends has just seen that the connection is open. What of the head was moved is gone with the body.
-            Err(error) => return Err(SendError { body: spare, ..unsent(error) }),
-        };
-        let pump = (!ends).then(|| {
-            let pump = async move {
-                // What went wrong is seen on the response.
-                let _ = pump::send(&mut stream, body, Reason::CANCEL).await;
+        let mut sender = None;
+        if !body.is_empty() {
+            let mut pump = Pump::new(stream.0.clone(), body, Code::CANCEL);
+            // A small body has come with its head, as a rule: it goes on at once. What is left is a task's.
+            if poll_fn(|cx| Poll::Ready(pump.poll(cx).is_pending())).await {
+                let task = tokio::task::spawn_local(async move { poll_fn(|cx| pump.poll(cx)).await });
+                sender = Some(AbortOnDrop(task.abort_handle()));
+            }
+        }
+        match poll_fn(|cx| stream.poll_head(interim, cx)).await {
+            Ok(head) => {
+                let incoming = Incoming::new(stream.0.clone(), sender);
+                let body = if incoming.is_empty() { Body::Empty } else { Body::H2(incoming) };
+                Ok(Response { head, body })
+            }
+            Err(reset) => {
+                let (cause, unprocessed) = judge(reset);
+                Err(SendError { cause, unprocessed, body: spare, source: Some(source_of(reset)) })
+            }
+        }
+    }
+
+    fn poll_slot(&self, cx: &Context<'_>) -> Poll<()> {
+        let mut state = self.0.0.borrow_mut();
+        if state.has_slot() || !state.is_open() {
+            return Poll::Ready(());
+        }
+        state.wait_for_slot(cx.waker());
+        Poll::Pending
+    }
+}
+
+/// A stream whose response has not come. Nobody wants it any more when this is dropped before.
+struct Waiting(Handle);
+
+impl Waiting {
+    fn poll_head(&self, interim: &Interim, cx: &Context<'_>) -> Poll<Result<ResponseHead, Reset>> {
+        let (early, head) = self.0.with(|state, key| {
+            let stream = state.stream(key);
+            let head = match (stream.receiving.head.take(), stream.reset) {
+                (Some(head), _) => Poll::Ready(Ok(head)),
+                (None, Some(reset)) => Poll::Ready(Err(reset)),
+                (None, None) => {
+                    stream.receiving.wait(cx);
+                    Poll::Pending
+                }
             };
-            Box::pin(pump) as Pin<Box<dyn Future<Output = ()>>>
+            (std::mem::take(&mut stream.receiving.interim), head)
         });
-        Ok(Begun { permit, spare, response, pump })
+        early.into_iter().for_each(|head| interim.send(head));
+        head
     }
 }
 
-/// A request whose head is on its way.
-struct Begun {
-    permit: StreamPermit,
-    spare: Option<Body>,
-    response: ResponseFuture,
-    pump: Option<Pin<Box<dyn Future<Output = ()>>>>,
-}
-
-impl std::fmt::Debug for Connection {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Connection").field("load", &self.load).finish_non_exhaustive()
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.with(|state, key| {
+            if !state.stream(key).receiving.has_head {
+                state.reset(key, Code::CANCEL);
+            }
+        });
     }
 }
 
-fn builder() -> h2::client::Builder {
-    let mut builder = h2::client::Builder::new();
-    builder
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(MAX_HEAD_BYTES as u32)
-        .max_pending_accept_reset_streams(MAX_PENDING_RESETS)
-        .max_local_error_reset_streams(Some(MAX_ERROR_RESETS))
-        .max_send_buffer_size(SEND_BUFFER)
-        .enable_push(false);
-    builder
-}
-
-fn unsent(error: h2::Error) -> SendError {
-    SendError { cause: cause_of(&error), unprocessed: true, body: None, source: Some(error) }
+async fn drive(mut driver: Driver, shared: Shared) {
+    // Nobody asks anything of a client: it returns when the connection is over.
+    if let Err(error) = poll_fn(|cx| driver.poll(cx)).await {
+        tracing::debug!(%error, "an HTTP/2 connection to an endpoint broke");
+    }
+    shared.borrow_mut().close(&Error::Closed);
+    driver.finish().await;
 }
 
 /// A second copy of a body that is here as a whole.
@@ -222,15 +165,22 @@ fn spare(body: &Body) -> Option<Body> {
     }
 }
 
-/// True when the other side said that it has not looked at the request: REFUSED_STREAM, or a GOAWAY whose last stream
-/// comes before (RFC 9113, section 8.7). The crate fails exactly those streams with the GOAWAY.
-fn is_unprocessed(error: &h2::Error) -> bool {
-    error.is_remote() && (error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM))
+/// What a stream's end says about its request. REFUSED_STREAM, or a GOAWAY whose last stream comes before, says that the
+/// other side has not looked at it (RFC 9113, section 8.7).
+fn judge(reset: Reset) -> (Cause, bool) {
+    match reset.by {
+        By::Unprocessed => (Cause::UpstreamReset, true),
+        By::Peer => (Cause::UpstreamReset, reset.code == Code::REFUSED_STREAM),
+        By::Us => (Cause::BadResponse, false),
+        By::Connection if reset.code == Code::NO_ERROR => (Cause::UpstreamReset, false),
+        By::Connection => (Cause::BadResponse, false),
+    }
 }
 
-fn cause_of(error: &h2::Error) -> Cause {
-    if error.is_library() || error.reason() == Some(Reason::PROTOCOL_ERROR) && !error.is_remote() {
-        return Cause::BadResponse;
+fn source_of(reset: Reset) -> Error {
+    match reset.by {
+        By::Peer | By::Unprocessed => Error::Ended(reset.code),
+        By::Us => Error::Protocol { code: reset.code, detail: "its response is malformed" },
+        By::Connection => Error::Closed,
     }
-    Cause::UpstreamReset
 }

@@ -1,29 +1,18 @@
 //! A body that arrives over HTTP/2.
 
-use super::convert;
+use super::stream::{By, Handle, Reset};
 use crate::body::{BodyError, Frame, Length};
-use bytes::Bytes;
-use h2::RecvStream;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use tokio::task::AbortHandle;
 
-/// What a stream may keep of its windows: a thousand streams (`MAX_STREAMS`) keep half a connection's at most.
-const UNRELEASED: usize = 1024;
-
 /// A body that arrives over HTTP/2. Its window opens again as its parts are taken. Dropping it before its end resets
-/// the stream.
+/// the stream when it answers a request of ours.
 #[derive(Debug)]
 pub struct Incoming {
-    stream: RecvStream,
-    remaining: Option<u64>,
-    /// Taken, and given back to the window when a next part is asked for and it is worth telling. What is left is given
-    /// back with the stream.
-    unreleased: usize,
+    stream: Handle,
     ended: bool,
     /// The task that still sends the request which this answers; it ends with the answer.
-    sender: Option<AbortOnDrop>,
-    /// Counts the stream in its connection for as long as it lives.
-    _stream_permit: Option<super::client::StreamPermit>,
+    _sender: Option<AbortOnDrop>,
 }
 
 /// Ends a task when dropped.
@@ -37,29 +26,29 @@ impl Drop for AbortOnDrop {
 }
 
 impl Incoming {
-    pub(super) fn new(stream: RecvStream, remaining: Option<u64>) -> Self {
-        Self { stream, remaining, unreleased: 0, ended: false, sender: None, _stream_permit: None }
-    }
-
-    pub(super) fn answering(mut self, sender: Option<AbortOnDrop>, permit: super::client::StreamPermit) -> Self {
-        self.sender = sender;
-        self._stream_permit = Some(permit);
-        self
+    pub(super) fn new(stream: Handle, sender: Option<AbortOnDrop>) -> Self {
+        Self { stream, ended: false, _sender: sender }
     }
 
     /// How many bytes remain, where the sender said so.
     pub fn length(&self) -> Length {
-        self.remaining.map_or(Length::Unknown, Length::Known)
-    }
-
-    /// True when the last part has been taken.
-    pub fn has_ended(&self) -> bool {
-        self.ended
+        self.stream.with(|state, key| {
+            let receiving = &state.stream(key).receiving;
+            match receiving.remaining {
+                Some(left) => Length::Known(left + receiving.waiting() as u64),
+                None => Length::Unknown,
+            }
+        })
     }
 
     /// True when neither bytes nor trailers will come.
     pub fn is_empty(&self) -> bool {
-        self.ended || self.stream.is_end_stream()
+        self.ended
+            || self.stream.with(|state, key| {
+                let stream = state.stream(key);
+                let receiving = &stream.receiving;
+                !receiving.open && stream.reset.is_none() && receiving.is_drained() && receiving.trailers.is_none()
+            })
     }
 
     /// The next part; `None` at the end. Cancel safe.
@@ -67,68 +56,37 @@ impl Incoming {
         if self.ended {
             return Poll::Ready(None);
         }
-        self.release();
-        loop {
-            match ready!(self.stream.poll_data(cx)) {
-                Some(Ok(bytes)) if bytes.is_empty() => {}
-                Some(Ok(bytes)) => return Poll::Ready(Some(Ok(Frame::Data(self.take(bytes))))),
-                Some(Err(error)) => return Poll::Ready(self.fail(&error)),
-                None => break,
+        let next = self.stream.with(|state, key| {
+            let stream = state.stream(key);
+            if let Some(part) = stream.receiving.take_part() {
+                state.taken(key, part.len());
+                return Poll::Ready(Some(Ok(Frame::Data(part))));
             }
-        }
-        match ready!(self.stream.poll_trailers(cx)) {
-            Ok(Some(trailers)) => {
-                self.finish();
-                Poll::Ready(match convert::trailers_of(trailers) {
-                    Ok(fields) if fields.is_empty() => None,
-                    Ok(fields) => Some(Ok(Frame::Trailers(fields))),
-                    Err(_) => Some(Err(BodyError::Malformed("too many trailer fields"))),
-                })
+            if let Some(reset) = stream.reset {
+                return Poll::Ready(Some(Err(error_of(reset))));
             }
-            Ok(None) => {
-                self.finish();
-                Poll::Ready(None)
+            if stream.receiving.open {
+                stream.receiving.wait(cx);
+                return Poll::Pending;
             }
-            Err(error) => Poll::Ready(self.fail(&error)),
-        }
-    }
-
-    fn take(&mut self, bytes: Bytes) -> Bytes {
-        self.unreleased += bytes.len();
-        if let Some(remaining) = &mut self.remaining {
-            *remaining = remaining.saturating_sub(bytes.len() as u64);
-        }
-        bytes
-    }
-
-    fn release(&mut self) {
-        if self.unreleased > UNRELEASED {
-            // Fails only when the stream is gone, and its window with it.
-            let _ = self.stream.flow_control().release_capacity(std::mem::take(&mut self.unreleased));
-        }
-    }
-
-    fn finish(&mut self) {
-        self.release();
-        self.ended = true;
-    }
-
-    fn fail(&mut self, error: &h2::Error) -> Option<Result<Frame, BodyError>> {
-        self.ended = true;
-        Some(Err(error_of(error)))
+            Poll::Ready(stream.receiving.trailers.take().map(|fields| Ok(Frame::Trailers(fields))))
+        });
+        self.ended = !matches!(next, Poll::Pending | Poll::Ready(Some(Ok(Frame::Data(_)))));
+        next
     }
 }
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        self.release();
+        if !self.ended {
+            self.stream.with(|state, key| state.stop_reading(key));
+        }
     }
 }
 
-pub(super) fn error_of(error: &h2::Error) -> BodyError {
-    match (error.reason(), error.get_io()) {
-        (_, Some(io)) => BodyError::Io(std::io::Error::new(io.kind(), io.to_string())),
-        (Some(reason), None) => BodyError::Reset(reason.into()),
-        (None, None) => BodyError::Truncated,
+fn error_of(reset: Reset) -> BodyError {
+    match reset.by {
+        By::Peer | By::Us => BodyError::Reset(reset.code.0),
+        By::Unprocessed | By::Connection => BodyError::Truncated,
     }
 }

@@ -11,7 +11,6 @@ use super::tls::{Answered, Carried};
 use crate::h1;
 use crate::h2;
 use crate::io::Io;
-use sheer_core::cause::Cause;
 use sheer_core::identity::SpiffeId;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -140,8 +139,7 @@ impl Pools {
             return Ok(connection);
         }
         let (io, answered) = self.dial(peer, Carried::Http2, identities).await?;
-        let failed = |_| DialError { cause: Cause::ConnectFailed, source: None };
-        let connection = h2::client::Connection::start(io).await.map_err(failed)?;
+        let connection = h2::client::Connection::start(io);
         let used = Cell::new(Instant::now());
         peer.shared.borrow_mut().push(Shared { connection: connection.clone(), answered, used });
         Ok(connection)

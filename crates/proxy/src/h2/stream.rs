@@ -1,0 +1,294 @@
+//! One stream, as its connection knows it and as the tasks that work for it hold it.
+
+use super::connection::State;
+use super::frame::{Code, MAX_PAYLOAD};
+use super::{SEND_BUFFER, STREAM_WINDOW};
+use bytes::{Buf, Bytes, BytesMut};
+use sheer_core::head::{Fields, ResponseHead};
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+/// A part of at most this many bytes is kept in memory of its own: whoever holds it holds no more than that. A larger
+/// one shares the memory that it was read into.
+const SMALL: usize = 2048;
+
+/// A stream in its connection's state.
+#[derive(Debug)]
+pub(super) struct Stream {
+    pub(super) id: u32,
+    /// How many tasks and bodies of ours still work for it.
+    pub(super) handles: u16,
+    /// What its head takes up.
+    pub(super) head_size: usize,
+    pub(super) receiving: Receiving,
+    pub(super) sending: Sending,
+    /// Why it ended before its time.
+    pub(super) reset: Option<Reset>,
+}
+
+/// Why a stream ended before its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Reset {
+    pub(super) code: Code,
+    pub(super) by: By,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum By {
+    /// We ended it.
+    Us,
+    /// The peer did.
+    Peer,
+    /// The peer ended the connection and has not looked at this stream (RFC 9113, section 6.8).
+    Unprocessed,
+    /// The connection broke.
+    Connection,
+}
+
+/// What comes from the peer.
+#[derive(Debug)]
+pub(super) struct Receiving {
+    /// More may come.
+    pub(super) open: bool,
+    /// Nobody reads it any more: what comes is dropped.
+    pub(super) discarded: bool,
+    /// Interim heads that nobody has taken yet, and how many there were in all.
+    pub(super) interim: Vec<ResponseHead>,
+    pub(super) interims: usize,
+    /// The response's head, until it is taken.
+    pub(super) head: Option<ResponseHead>,
+    /// On the client's side: the head has come, and what follows is the body.
+    pub(super) has_head: bool,
+    /// The answer to this request has no body, whatever its length field says.
+    pub(super) bodiless: bool,
+    parts: VecDeque<BytesMut>,
+    pub(super) trailers: Option<Fields>,
+    /// What `content-length` has promised and has not come.
+    pub(super) remaining: Option<u64>,
+    /// What the peer may still send.
+    pub(super) window: i64,
+    /// What it may send at once.
+    pub(super) limit: u32,
+    /// Taken, and not yet given back to the peer's window.
+    pub(super) unreleased: u32,
+    waker: Option<Waker>,
+}
+
+/// What goes to the peer.
+#[derive(Debug)]
+pub(super) struct Sending {
+    /// The end has not been sent.
+    pub(super) open: bool,
+    /// What we may still send.
+    pub(super) window: i64,
+    /// Something waits for room, for so many intervals.
+    pub(super) waits: bool,
+    pub(super) stalled: u8,
+    /// It is in the connection's queue of those that wait for it.
+    pub(super) queued: bool,
+    waker: Option<Waker>,
+}
+
+impl Stream {
+    pub(super) fn new(id: u32, send_window: i64) -> Self {
+        Self {
+            id,
+            handles: 0,
+            head_size: 0,
+            receiving: Receiving {
+                open: true,
+                discarded: false,
+                interim: Vec::new(),
+                interims: 0,
+                head: None,
+                has_head: false,
+                bodiless: false,
+                parts: VecDeque::new(),
+                trailers: None,
+                remaining: None,
+                window: i64::from(STREAM_WINDOW),
+                limit: STREAM_WINDOW,
+                unreleased: 0,
+                waker: None,
+            },
+            sending: Sending { open: true, window: send_window, waits: false, stalled: 0, queued: false, waker: None },
+            reset: None,
+        }
+    }
+
+    /// Wakes everybody who works for it.
+    pub(super) fn wake(&mut self) {
+        self.receiving.wake();
+        self.sending.wake();
+    }
+}
+
+impl Receiving {
+    pub(super) fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Keeps the next bytes for the reader: the first ones of the buffer.
+    pub(super) fn keep(&mut self, from: &mut BytesMut, length: usize) {
+        if length > SMALL {
+            self.parts.push_back(from.split_to(length));
+            return;
+        }
+        match self.parts.back_mut() {
+            // Many small ones become few, so that none costs more than its bytes.
+            Some(last) if last.len() + length <= SMALL => last.extend_from_slice(&from[..length]),
+            _ => {
+                let mut own = BytesMut::with_capacity(length);
+                own.extend_from_slice(&from[..length]);
+                self.parts.push_back(own);
+            }
+        }
+        from.advance(length);
+    }
+
+    /// Takes everything that is kept away; how much it was.
+    pub(super) fn drop_parts(&mut self) -> usize {
+        std::mem::take(&mut self.parts).iter().map(BytesMut::len).sum()
+    }
+
+    pub(super) fn take_part(&mut self) -> Option<Bytes> {
+        self.parts.pop_front().map(BytesMut::freeze)
+    }
+
+    /// How many bytes are kept.
+    pub(super) fn waiting(&self) -> usize {
+        self.parts.iter().map(BytesMut::len).sum()
+    }
+
+    pub(super) fn is_drained(&self) -> bool {
+        self.parts.is_empty()
+    }
+
+    /// The task to wake when something comes.
+    pub(super) fn wait(&mut self, cx: &Context<'_>) {
+        remember(&mut self.waker, cx);
+    }
+}
+
+impl Sending {
+    pub(super) fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// The task to wake when there is room or the stream has ended.
+    pub(super) fn wait(&mut self, cx: &Context<'_>) {
+        remember(&mut self.waker, cx);
+    }
+}
+
+fn remember(place: &mut Option<Waker>, cx: &Context<'_>) {
+    match place {
+        Some(waker) => waker.clone_from(cx.waker()),
+        None => *place = Some(cx.waker().clone()),
+    }
+}
+
+/// The connection's state, shared by its driver and everybody who works for one of its streams.
+pub(super) type Shared = Rc<RefCell<State>>;
+
+/// A hold on a stream. A stream of which nobody has hold any more is over, and reset if it was not.
+#[derive(Debug)]
+pub(super) struct Handle {
+    shared: Shared,
+    key: usize,
+}
+
+/// The stream is over: it was reset, or its connection is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Broken;
+
+impl Handle {
+    pub(super) fn new(shared: &Shared, key: usize) -> Self {
+        shared.borrow_mut().stream(key).handles += 1;
+        Self { shared: shared.clone(), key }
+    }
+
+    /// Looks at the stream and its connection.
+    pub(super) fn with<T>(&self, look: impl FnOnce(&mut State, usize) -> T) -> T {
+        look(&mut self.shared.borrow_mut(), self.key)
+    }
+
+    /// Sends a response's head.
+    ///
+    /// # Errors
+    /// The stream is over.
+    pub(super) fn respond(&self, head: &ResponseHead, ends: bool) -> Result<(), Broken> {
+        self.with(|state, key| state.respond(key, head, ends))
+    }
+
+    /// Waits for room for a part of a body.
+    ///
+    /// # Errors
+    /// The stream is over.
+    pub(super) fn poll_room(&self, cx: &Context<'_>) -> Poll<Result<usize, Broken>> {
+        self.with(|state, key| {
+            let shared = state.send_window.min((SEND_BUFFER.saturating_sub(state.out.len())) as i64);
+            let stream = state.stream(key);
+            if !stream.sending.open {
+                return Poll::Ready(Err(Broken));
+            }
+            let room = stream.sending.window.min(shared).min(MAX_PAYLOAD as i64);
+            if room > 0 {
+                stream.sending.waits = false;
+                stream.sending.stalled = 0;
+                return Poll::Ready(Ok(room as usize));
+            }
+            stream.sending.waits = true;
+            stream.sending.wait(cx);
+            if shared <= 0 && !std::mem::replace(&mut stream.sending.queued, true) {
+                state.queue_for_room(key);
+            }
+            Poll::Pending
+        })
+    }
+
+    /// Sends a part of a body, for which there is room.
+    pub(super) fn send_data(&self, data: Bytes, ends: bool) {
+        self.with(|state, key| state.send_data(key, data, ends));
+    }
+
+    /// Sends trailers, and with them the end.
+    pub(super) fn send_trailers(&self, fields: &Fields) {
+        self.with(|state, key| state.send_trailers(key, fields));
+    }
+
+    /// Ends the stream before its time, unless it has ended.
+    pub(super) fn reset(&self, code: Code) {
+        self.with(|state, key| state.reset(key, code));
+    }
+
+    /// Ready when nothing can be sent any more.
+    pub(super) fn poll_closed(&self, cx: &Context<'_>) -> Poll<()> {
+        self.with(|state, key| {
+            let sending = &mut state.stream(key).sending;
+            if !sending.open {
+                return Poll::Ready(());
+            }
+            sending.wait(cx);
+            Poll::Pending
+        })
+    }
+}
+
+impl Clone for Handle {
+    fn clone(&self) -> Self {
+        Self::new(&self.shared, self.key)
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.with(State::let_go);
+    }
+}

@@ -1,0 +1,1 @@
+//! Whole connections against raw frames, and against each other.
