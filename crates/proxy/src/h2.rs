@@ -29,8 +29,11 @@ use std::io;
 use std::time::Duration;
 
 /// How far ahead of its reader a peer may send on one stream at first, in bytes: what a reader that has stopped makes us
-/// keep. It is the protocol's own default. Readers that keep up get more, up to [`MAX_STREAM_WINDOW`].
-const STREAM_WINDOW: u32 = 65_535;
+/// keep, at each of the two proxies of a path. Readers that keep up get more, up to [`MAX_STREAM_WINDOW`].
+const STREAM_WINDOW: u32 = 32 * 1024;
+
+/// Both sides' windows before anybody says otherwise (RFC 9113, section 6.9.2).
+const DEFAULT_WINDOW: u32 = 65_535;
 
 /// The largest window that a stream grows to.
 const MAX_STREAM_WINDOW: u32 = 1024 * 1024;
@@ -50,8 +53,10 @@ const SEND_BUFFER: usize = 64 * 1024;
 /// Streams that a connection carries at once, from the application or from a mesh peer.
 const MAX_STREAMS: u32 = 1000;
 
-/// Decompressed heads that a connection's open streams may have in all. Compressed, they can be a thousandth of that.
-const MAX_HEADS: usize = 4 * 1024 * 1024;
+/// Decompressed heads that a connection's open streams may have in all, and beyond it a stream's share. Compressed, they
+/// can be a thousandth of that.
+const MAX_HEADS: usize = 1024 * 1024;
+const SHARE_OF_HEADS: usize = 4 * 1024;
 
 /// How often a connection with open streams is asked whether the other side still lives. An answer that has not come
 /// when the next question is due ends it. A host that vanished is noticed earlier, by its silent TCP.

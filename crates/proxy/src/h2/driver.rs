@@ -17,9 +17,6 @@ use tokio::time::{Instant, Sleep};
 /// How often one poll reads before others have their turn.
 const READS: usize = 16;
 
-/// What may wait to be written before nothing more is read: what a peer provokes and does not read.
-const BACKLOG: usize = 256 * 1024;
-
 /// How long the peer may take to close when the last word is ours. Until then what it still sends is read, since a
 /// socket that is closed with bytes unread takes back what was written.
 const LINGER: Duration = Duration::from_secs(1);
@@ -98,8 +95,8 @@ impl Driver {
             if self.shared.borrow().has_news() {
                 return Poll::Ready(Ok(Event::Requests));
             }
-            // Nothing is read while the peer does not read.
-            if self.shared.borrow().out.len() > BACKLOG && self.poll_write(cx)?.is_pending() {
+            // Nothing is read of a client that does not read. A client always does, so that never both of them wait.
+            if self.shared.borrow().is_backlogged() && self.poll_write(cx)?.is_pending() {
                 return Poll::Pending;
             }
             match buffer::poll_fill(&mut self.io, &mut self.buffer, buffer::LARGE, cx)? {

@@ -214,13 +214,13 @@ mod tests {
     #[test]
     fn a_header_survives() {
         let mut out = BytesMut::new();
-        Header::write(0x0102_03, Kind::Ping, ACK, 0x7fff_fffe, &mut out);
+        Header::write(0x01_0203, Kind::Ping, ACK, 0x7fff_fffe, &mut out);
         assert_eq!(Header::of(&out[..8]).map(|_| ()), None);
         out[5] |= 0x80;
         let header = Header::of(&out).unwrap();
         assert_eq!(
             (header.length, header.kind, header.flags, header.stream),
-            (0x0102_03, Kind::Ping, ACK, 0x7fff_fffe)
+            (0x01_0203, Kind::Ping, ACK, 0x7fff_fffe)
         );
     }
 

@@ -51,6 +51,8 @@ pub(super) enum Part {
 /// Collects the fields of one block as they are decompressed.
 pub(super) struct Reader<'a> {
     part: Part,
+    /// It comes from a client.
+    strict: bool,
     /// All names and values that count, one behind the other.
     raw: &'a mut Vec<u8>,
     fields: Fields,
@@ -70,10 +72,11 @@ pub(super) struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     /// Reads into this memory, which is used again for the next block.
-    pub(super) fn new(part: Part, raw: &'a mut Vec<u8>) -> Self {
+    pub(super) fn new(part: Part, strict: bool, raw: &'a mut Vec<u8>) -> Self {
         raw.clear();
         Self {
             part,
+            strict,
             raw,
             fields: Fields::default(),
             method: None,
@@ -106,8 +109,13 @@ impl<'a> Reader<'a> {
         if !field.is_value {
             return Err(Refused::Malformed("bad byte in a value"));
         }
-        // Blanks around a value belong to nobody (section 8.2.1); gRPC messages have them all the same.
+        // Blanks around a value belong to nobody (section 8.2.1). Servers send them all the same, and gRPC's messages
+        // may have them.
         let value = field.value.trim_ascii();
+        let is_message = field.kind == Kind::Field(Known::GrpcMessage);
+        if value.len() < field.value.len() && self.strict && !is_message {
+            return Err(Refused::Malformed("blanks around a value"));
+        }
         match field.kind {
             Kind::Malformed => Err(Refused::Malformed("bad field name")),
             Kind::Disguised if self.part == Part::Trailers => Ok(()),
@@ -228,7 +236,9 @@ impl<'a> Reader<'a> {
         }
         let method = self.method.take().ok_or(Refused::Malformed("no method"))?;
         if method == Method::CONNECT {
-            return Err(Refused::Connect);
+            // What it must have and must not (section 8.5).
+            let is_whole = self.authority.is_some() && self.scheme.is_none() && self.path.is_none();
+            return Err(if is_whole { Refused::Connect } else { Refused::Malformed("bad CONNECT") });
         }
         let scheme = self.scheme.ok_or(Refused::Malformed("no scheme"))?;
         let path = self.path.take().ok_or(Refused::Malformed("no path"))?;

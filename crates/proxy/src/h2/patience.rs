@@ -61,6 +61,11 @@ impl Patience {
         }
     }
 
+    /// True when less than half of it is left.
+    pub(super) fn is_strained(&self) -> bool {
+        self.tokens < BURST / 2
+    }
+
     /// Something of use was done.
     pub(super) fn earn(&mut self) {
         self.tokens = (self.tokens + WORK).min(BURST);

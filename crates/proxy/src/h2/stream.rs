@@ -92,7 +92,7 @@ pub(super) struct Sending {
 }
 
 impl Stream {
-    pub(super) fn new(id: u32, send_window: i64) -> Self {
+    pub(super) fn new(id: u32, window: u32, send_window: u32) -> Self {
         Self {
             id,
             handles: 0,
@@ -108,12 +108,19 @@ impl Stream {
                 parts: VecDeque::new(),
                 trailers: None,
                 remaining: None,
-                window: i64::from(STREAM_WINDOW),
+                window: i64::from(window),
                 limit: STREAM_WINDOW,
                 unreleased: 0,
                 waker: None,
             },
-            sending: Sending { open: true, window: send_window, waits: false, stalled: 0, queued: false, waker: None },
+            sending: Sending {
+                open: true,
+                window: i64::from(send_window),
+                waits: false,
+                stalled: 0,
+                queued: false,
+                waker: None,
+            },
             reset: None,
         }
     }

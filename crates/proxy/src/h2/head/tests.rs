@@ -18,7 +18,7 @@ fn block(fields: &[(&str, &str)]) -> Vec<u8> {
 
 fn read<T>(part: Part, block: &[u8], finish: impl FnOnce(&mut Reader<'_>) -> T) -> T {
     let mut raw = Vec::new();
-    let mut reader = Reader::new(part, &mut raw);
+    let mut reader = Reader::new(part, part == Part::Request, &mut raw);
     Decoder::new().decode(block, |field| reader.field(field)).unwrap();
     finish(&mut reader)
 }
@@ -77,6 +77,10 @@ fn heads_survive_the_round_trip() {
 #[case::upper(&[], &[("X-A", "1")])]
 #[case::newline(&[], &[("x-a", "1\r\nx-b: 2")])]
 #[case::nul(&[], &[("x-a", "a\0b")])]
+#[case::blank(&[], &[("x-a", " b")])]
+#[case::tab(&[], &[("x-a", "b\t")])]
+#[case::connect(&[(":method", "CONNECT")], &[])]
+#[case::connect_to_nothing(&[(":method", "CONNECT"), (":scheme", ""), (":path", ""), (":authority", "")], &[])]
 #[case::name(&[], &[("x:a", "1")])]
 #[case::empty_name(&[], &[("", "1")])]
 #[case::connection(&[], &[("connection", "x")])]
@@ -98,8 +102,9 @@ fn what_is_well_formed_is_read() {
     assert_eq!(request(&[(":authority", "")], &[]).unwrap().authority(), "");
     let options = request(&[(":method", "OPTIONS"), (":path", "*"), (":scheme", "https")], &[]).unwrap();
     assert_eq!((options.target(), options.scheme), ("*", Scheme::Https));
-    assert_eq!(request(&[(":method", "CONNECT")], &[]).unwrap_err(), Refused::Connect);
-    let head = request(&[], &[("x-a", " 1\t"), ("x-b", "2 3"), ("x-c", "")]).unwrap();
+    assert_eq!(request(&[(":method", "CONNECT"), (":scheme", ""), (":path", "")], &[]).unwrap_err(), Refused::Connect);
+    let given = [(":status", "200"), ("x-a", " 1\t"), ("x-b", "2 3"), ("x-c", "")];
+    let head = read(Part::Response, &block(&given), |reader| reader.response()).unwrap();
     assert_eq!(head.fields.iter().map(|(_, value, _)| value).collect::<Vec<_>>(), [&b"1"[..], b"2 3", b""]);
 }
 
