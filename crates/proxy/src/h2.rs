@@ -1,10 +1,10 @@
 //! HTTP/2 (RFC 9113), both sides of it, for one thread.
 //!
-//! - [`hpack`] and [`frame`] are the bytes; [`head`] reads decompressed fields strictly and writes ours.
-//! - [`connection`] is the state of one connection: its streams, both directions' windows, what waits to be written, and
-//!   how much patience is left with its peer. It does no input or output. [`driver`] does: one task a connection reads
+//! - `hpack` and `frame` are the bytes; `head` reads decompressed fields strictly and writes ours.
+//! - `connection` is the state of one connection: its streams, both directions' windows, what waits to be written, and
+//!   how much patience is left with its peer. It does no input or output. `driver` does: one task a connection reads
 //!   frames into that state and writes what has gathered there, everything in one write where it fits.
-//! - [`server`] and [`client`] are the two sides, [`incoming`] the bodies that arrive and [`pump`] those that are sent.
+//! - `server` and `client` are the two sides, `incoming` the bodies that arrive and `pump` those that are sent.
 //!   They run in tasks of their own and share the state with the driver behind one `RefCell`, borrowed inside single
 //!   polls and never while anything foreign is polled.
 

@@ -1,4 +1,4 @@
-//! The state of one connection (RFC 9113, section 5). What changes it is in [`receiving`] and [`sending`].
+//! The state of one connection (RFC 9113, section 5). What changes it is in `receiving` and `sending`.
 
 mod receiving;
 mod sending;

@@ -9,7 +9,7 @@ use super::{ENTRY_OVERHEAD, TABLE_SIZE};
 use bytes::{BufMut, BytesMut};
 use std::collections::VecDeque;
 
-/// Sets of [`Way`]s in which the hashes of fields are remembered.
+/// Sets of `Way`s in which the hashes of fields are remembered.
 const SETS: usize = 32;
 
 /// What is larger would push out much of what repeats.
