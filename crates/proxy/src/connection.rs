@@ -151,7 +151,9 @@ pub async fn serve<S, U>(
             let service = async move |request| Some(service(request).await.response);
             let refused = move |cause: Cause| unread(Spoken::Http2).refused(cause.status(), cause);
             // Boxed, since it takes more than HTTP/1 does while it waits.
-            if let Err(error) = Box::pin(h2::server::serve(io, prefix, worker.drain(), refused, service)).await {
+            let options = h2::server::Options { pace, idler: Some(worker.idlers.enter()) };
+            let served = h2::server::serve(io, prefix, options, worker.drain(), refused, service);
+            if let Err(error) = Box::pin(served).await {
                 tracing::debug!(%error, "an HTTP/2 connection broke");
             }
         }

@@ -44,8 +44,9 @@ const GROWTH: u32 = 4 * 1024 * 1024;
 /// How far ahead of this proxy a peer may send on one connection.
 const CONNECTION_WINDOW: u32 = 2 * 1024 * 1024;
 
-/// What may wait on one connection for its readers before the connection's window stays shut.
-const MAX_WAITING: usize = 16 * 1024 * 1024;
+/// What may wait on one client's connection for those who read its requests before the connection's window stays shut.
+/// Towards an endpoint, whose connection many share, nothing but each stream's own window is shut by a slow reader.
+const MAX_WAITING: usize = 8 * 1024 * 1024;
 
 /// What waits to be written on one connection before those who send bodies wait too.
 const SEND_BUFFER: usize = 64 * 1024;
@@ -62,7 +63,7 @@ const SHARE_OF_HEADS: usize = 4 * 1024;
 /// when the next question is due ends it. A host that vanished is noticed earlier, by its silent TCP.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Intervals in which a peer that has asked for a body takes not a byte of it, before its stream is reset.
+/// Intervals of waiting for a peer after which it is looked at how much has moved meanwhile.
 const STALLED_INTERVALS: u8 = 6;
 
 /// How a connection ended other than in order.
@@ -85,6 +86,9 @@ pub enum Error {
     /// The peer did not answer in time.
     #[error("the peer did not answer in time")]
     Silent,
+    /// The body that was to be sent broke off.
+    #[error("the body that was to be sent broke off")]
+    Source,
     /// The connection was closed while something was under way on it.
     #[error("the connection is closed")]
     Closed,

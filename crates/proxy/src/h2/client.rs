@@ -172,6 +172,8 @@ fn judge(reset: Reset) -> (Cause, bool) {
         By::Unprocessed => (Cause::UpstreamReset, true),
         By::Peer => (Cause::UpstreamReset, reset.code == Code::REFUSED_STREAM),
         By::Us => (Cause::BadResponse, false),
+        By::Source => (Cause::ClientGone, false),
+        By::Slow => (Cause::BodyTimeout, false),
         By::Connection if reset.code == Code::NO_ERROR => (Cause::UpstreamReset, false),
         By::Connection => (Cause::BadResponse, false),
     }
@@ -181,6 +183,7 @@ fn source_of(reset: Reset) -> Error {
     match reset.by {
         By::Peer | By::Unprocessed => Error::Ended(reset.code),
         By::Us => Error::Protocol { code: reset.code, detail: "its response is malformed" },
+        By::Source | By::Slow => Error::Source,
         By::Connection => Error::Closed,
     }
 }

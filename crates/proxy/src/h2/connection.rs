@@ -10,6 +10,7 @@ use super::output::Output;
 use super::patience::Patience;
 use super::stream::{By, Reset, Stream};
 use super::{CONNECTION_WINDOW, DEFAULT_WINDOW, Error, MAX_STREAMS, STALLED_INTERVALS, STREAM_WINDOW};
+use crate::h1::pace::Pace;
 use bytes::BytesMut;
 use sheer_core::head::{MAX_HEAD_BYTES, RequestHead};
 use slab::Slab;
@@ -123,6 +124,8 @@ pub(super) struct State {
     /// What we have asked in vain of the peer, counted as it counts if it is one of us. A connection on which much was
     /// cancelled is left to end before the peer ends it, with everybody's requests.
     asked_in_vain: Patience,
+    /// That of a client whom nobody knows.
+    pace: Option<Pace>,
     pub(super) accepted: VecDeque<Accepted>,
     /// Requests that were malformed, to be counted.
     pub(super) malformed: usize,
@@ -173,6 +176,7 @@ impl State {
             ended: VecDeque::new(),
             acknowledged: false,
             asked_in_vain: Patience::new(),
+            pace: None,
             accepted: VecDeque::new(),
             malformed: 0,
         }
@@ -273,6 +277,11 @@ impl State {
         self.slots.drain(..).for_each(Waker::wake);
     }
 
+    /// The peer is a client whom nobody knows: it keeps this pace.
+    pub(super) fn expect(&mut self, pace: Option<Pace>) {
+        self.pace = pace;
+    }
+
     /// True when requests have come or were refused.
     pub(super) fn has_news(&self) -> bool {
         !self.accepted.is_empty() || self.malformed > 0
@@ -311,6 +320,20 @@ impl State {
         }
     }
 
+    /// True when the peer has been asked to open no more streams and has not answered.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.leaving == Leaving::Announced
+    }
+
+    /// Ends a connection that nobody uses. A request on its way now has not been looked at, which its client learns.
+    pub(super) fn leave_idle(&mut self) {
+        if self.leaving == Leaving::No {
+            self.leaving = Leaving::Announced;
+        }
+        self.leave_now();
+        self.touch();
+    }
+
     /// Takes no stream after those that have come.
     fn leave_now(&mut self) {
         if self.leaving == Leaving::Announced {
@@ -344,7 +367,7 @@ impl State {
         let code = match error {
             Error::Protocol { code, .. } => *code,
             Error::Ended(code) => *code,
-            Error::Io(_) | Error::Silent | Error::Closed => Code::NO_ERROR,
+            Error::Io(_) | Error::Silent | Error::Source | Error::Closed => Code::NO_ERROR,
         };
         if let Error::Protocol { code, .. } = error {
             let last = if self.role == Role::Server { self.last } else { 0 };
@@ -361,23 +384,44 @@ impl State {
         self.touch();
     }
 
+    /// Ends what waits for a peer that takes nothing, or that as a stranger is slower than it may be.
+    fn look_at_pace(&mut self) {
+        let least = self.pace.map_or(1, |pace| pace.bytes);
+        let stranger = self.pace.is_some();
+        let mut slow = Vec::new();
+        for (key, stream) in &mut self.streams {
+            let uploads = stranger && stream.receiving.is_awaited();
+            if stream.reset.is_some() || !uploads && !(stream.sending.waits && stream.sending.open) {
+                continue;
+            }
+            stream.waited += 1;
+            if stream.waited < STALLED_INTERVALS {
+                continue;
+            }
+            let moved = stream.moved - std::mem::replace(&mut stream.looked_at, stream.moved);
+            stream.waited = 0;
+            if moved < least {
+                slow.push((key, uploads));
+            }
+        }
+        for (key, uploads) in slow {
+            if uploads {
+                // Whoever reads it answers; the stream ends with the answer.
+                let receiving = &mut self.streams[key].receiving;
+                receiving.slow = true;
+                receiving.wake();
+            } else {
+                self.reset_by(key, Code::CANCEL, By::Slow);
+            }
+        }
+    }
+
     /// Once an interval, while there are streams. False when the peer did not answer the last time.
     pub(super) fn beat(&mut self, heard: bool) -> bool {
         if std::mem::replace(&mut self.asked, true) && !heard {
             return false;
         }
-        let stalled: Vec<usize> = self
-            .streams
-            .iter_mut()
-            .filter(|(_, stream)| stream.sending.waits && stream.sending.open)
-            .filter_map(|(key, stream)| {
-                stream.sending.stalled += 1;
-                (stream.sending.stalled >= STALLED_INTERVALS).then_some(key)
-            })
-            .collect();
-        for key in stalled {
-            self.reset(key, Code::CANCEL);
-        }
+        self.look_at_pace();
         self.leave_now();
         frame::ping(ALIVE, false, self.out.tail());
         self.touch();

@@ -71,7 +71,9 @@ impl Driver {
     }
 
     fn keep_time(&mut self, cx: &mut Context<'_>) -> Result<(), Error> {
-        let busy = self.shared.borrow().streams() > 0;
+        let state = self.shared.borrow();
+        let busy = state.streams() > 0 || state.is_leaving();
+        drop(state);
         if self.beat.is_none() && busy {
             self.beat = Some(Box::pin(tokio::time::sleep(PING_INTERVAL)));
         }

@@ -65,6 +65,9 @@ impl Incoming {
             if let Some(reset) = stream.reset {
                 return Poll::Ready(Some(Err(error_of(reset))));
             }
+            if stream.receiving.slow {
+                return Poll::Ready(Some(Err(BodyError::too_slow())));
+            }
             if stream.receiving.open {
                 stream.receiving.wait(cx);
                 return Poll::Pending;
@@ -86,7 +89,8 @@ impl Drop for Incoming {
 
 fn error_of(reset: Reset) -> BodyError {
     match reset.by {
-        By::Peer | By::Us => BodyError::Reset(reset.code.0),
+        By::Slow => BodyError::too_slow(),
+        By::Peer | By::Us | By::Source => BodyError::Reset(reset.code.0),
         By::Unprocessed | By::Connection => BodyError::Truncated,
     }
 }

@@ -4,6 +4,7 @@ use super::Code;
 use super::stream::{Broken, Handle};
 use crate::body::{Body, BodyError, Frame};
 use bytes::Bytes;
+use sheer_core::cause::Cause;
 use std::task::{Context, Poll, ready};
 
 /// A body on its way out. The next part is taken only when the one before is on its way, so that a slow reader slows the
@@ -27,7 +28,12 @@ impl Pump {
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             if !self.data.is_empty() {
-                let Ok(room) = ready!(self.stream.poll_room(cx)) else { return Poll::Ready(()) };
+                let Ok(room) = ready!(self.stream.poll_room(cx)) else {
+                    if self.stream.is_too_slow() {
+                        self.body.failed(Cause::BodyTimeout);
+                    }
+                    return Poll::Ready(());
+                };
                 let part =
                     if room < self.data.len() { self.data.split_to(room) } else { std::mem::take(&mut self.data) };
                 let ends = self.data.is_empty() && self.body.is_empty();
@@ -59,7 +65,7 @@ impl Pump {
             Poll::Ready(None) => Poll::Ready(Ok(None)),
             Poll::Ready(Some(Ok(frame))) => Poll::Ready(Ok(Some(frame))),
             Poll::Ready(Some(Err(error))) => {
-                self.stream.reset(reset_code(&error, self.broken));
+                self.stream.break_off(reset_code(&error, self.broken), error.is_too_slow());
                 Poll::Ready(Err(Broken))
             }
             Poll::Pending => self.stream.poll_closed(cx).map(|()| Err(Broken)),

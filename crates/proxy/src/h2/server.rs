@@ -8,6 +8,8 @@ use super::stream::{Handle, Shared};
 use super::{Code, Error, Incoming};
 use crate::body::{Body, Interim, Request, Response};
 use crate::drain;
+use crate::h1::pace::Pace;
+use crate::idle::Idler;
 use crate::io::Io;
 use bytes::BytesMut;
 use http::StatusCode;
@@ -17,6 +19,7 @@ use std::cell::RefCell;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::rc::Rc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -27,20 +30,37 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// time after its last stream.
 const IDLE: Duration = Duration::from_secs(60 * 60);
 
+/// What a connection is to be like.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// The pace of a client whom nobody knows; without, it is one of the mesh.
+    pub pace: Option<Pace>,
+    /// Its place among those that end when there is no room.
+    pub idler: Option<Idler>,
+}
+
 /// Serves one client connection: each request in a task of its own, which ends when the client resets the stream. When
 /// draining begins the client gets a GOAWAY and the connection ends with its last stream. A service that has no response
 /// gives none, and the stream is reset. `refused` is told of requests that could not be read.
 ///
 /// # Errors
 /// When the connection breaks, or the client breaks the protocol.
-pub async fn serve<S, R>(io: Io, prefix: BytesMut, drain: drain::Watch, refused: R, service: S) -> Result<(), Error>
+pub async fn serve<S, R>(
+    io: Io,
+    prefix: BytesMut,
+    options: Options,
+    drain: drain::Watch,
+    refused: R,
+    service: S,
+) -> Result<(), Error>
 where
     S: AsyncFn(Request) -> Option<Response> + 'static,
     R: Fn(Cause),
 {
     let shared = Rc::new(RefCell::new(State::new(Role::Server)));
+    shared.borrow_mut().expect(options.pace);
     let mut driver = Driver::of_server(shared.clone(), io, prefix);
-    let served = run(&mut driver, &shared, drain, &refused, Rc::new(service)).await;
+    let served = run(&mut driver, &shared, options.idler, drain, &refused, Rc::new(service)).await;
     if let Err(error) = &served {
         shared.borrow_mut().close(error);
     }
@@ -51,6 +71,7 @@ where
 async fn run<S, R>(
     driver: &mut Driver,
     shared: &Shared,
+    idler: Option<Idler>,
     mut drain: drain::Watch,
     refused: &R,
     service: Rc<S>,
@@ -67,11 +88,18 @@ where
     let mut due = pin!(tokio::time::sleep(HANDSHAKE_TIMEOUT));
     let mut greeted = false;
     let mut quiet = false;
+    let mut idle_since = None;
     loop {
         // Dropping the losing arm is safe: the driver keeps its state.
         tokio::select! {
             biased;
-            event = poll_fn(|cx| driver.poll(cx)) => {
+            event = poll_fn(|cx| {
+                let event = driver.poll(cx);
+                if let (Poll::Pending, Some(idler)) = (&event, &idler) {
+                    make_room(&mut shared.borrow_mut(), idler, &mut idle_since, cx);
+                }
+                event
+            }) => {
                 let event = event?;
                 quiet = false;
                 take_requests(shared, refused, &service);
@@ -90,13 +118,27 @@ where
                 }
                 let busy = state.streams() > 0;
                 // Nothing was asked since the last time: a request on its way now is sent again by its client.
-                if quiet && !busy && !std::mem::replace(&mut told, true) {
-                    state.leave();
+                if quiet && !busy {
+                    state.leave_idle();
                 }
                 quiet = !busy;
                 due.as_mut().reset(Instant::now() + IDLE);
             }
         }
+    }
+}
+
+/// Ends the connection when nobody uses it and there is no room for another.
+fn make_room(state: &mut State, idler: &Idler, idle_since: &mut Option<Instant>, cx: &mut Context<'_>) {
+    if state.streams() > 0 || !state.is_greeted() {
+        if idle_since.take().is_some() {
+            idler.works();
+        }
+        return;
+    }
+    let since = *idle_since.get_or_insert_with(Instant::now);
+    if idler.poll_leave(cx, since).is_ready() {
+        state.leave_idle();
     }
 }
 

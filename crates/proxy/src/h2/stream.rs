@@ -26,6 +26,11 @@ pub(super) struct Stream {
     pub(super) sending: Sending,
     /// Why it ended before its time.
     pub(super) reset: Option<Reset>,
+    /// Bytes of bodies that have moved in both directions, and how many had when the pace was last looked at.
+    pub(super) moved: u64,
+    pub(super) looked_at: u64,
+    /// For how many intervals the peer has been waited for since.
+    pub(super) waited: u8,
 }
 
 /// Why a stream ended before its time.
@@ -39,6 +44,10 @@ pub(super) struct Reset {
 pub(super) enum By {
     /// We ended it.
     Us,
+    /// We did, because the body that was sent on it broke off at its source.
+    Source,
+    /// We did, because that source, or the peer itself, was slower than it may be.
+    Slow,
     /// The peer did.
     Peer,
     /// The peer ended the connection and has not looked at this stream (RFC 9113, section 6.8).
@@ -54,6 +63,8 @@ pub(super) struct Receiving {
     pub(super) open: bool,
     /// Nobody reads it any more: what comes is dropped.
     pub(super) discarded: bool,
+    /// It was slower than it may be: the rest is not waited for.
+    pub(super) slow: bool,
     /// Interim heads that nobody has taken yet, and how many there were in all.
     pub(super) interim: Vec<ResponseHead>,
     pub(super) interims: usize,
@@ -83,9 +94,8 @@ pub(super) struct Sending {
     pub(super) open: bool,
     /// What we may still send.
     pub(super) window: i64,
-    /// Something waits for room, for so many intervals.
+    /// Something waits for room.
     pub(super) waits: bool,
-    pub(super) stalled: u8,
     /// It is in the connection's queue of those that wait for it.
     pub(super) queued: bool,
     waker: Option<Waker>,
@@ -100,6 +110,7 @@ impl Stream {
             receiving: Receiving {
                 open: true,
                 discarded: false,
+                slow: false,
                 interim: Vec::new(),
                 interims: 0,
                 head: None,
@@ -113,15 +124,11 @@ impl Stream {
                 unreleased: 0,
                 waker: None,
             },
-            sending: Sending {
-                open: true,
-                window: i64::from(send_window),
-                waits: false,
-                stalled: 0,
-                queued: false,
-                waker: None,
-            },
+            sending: Sending { open: true, window: i64::from(send_window), waits: false, queued: false, waker: None },
             reset: None,
+            moved: 0,
+            looked_at: 0,
+            waited: 0,
         }
     }
 
@@ -173,6 +180,11 @@ impl Receiving {
 
     pub(super) fn is_drained(&self) -> bool {
         self.parts.is_empty()
+    }
+
+    /// True when somebody waits for the rest of what was promised.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.open && self.waker.is_some() && self.remaining.is_some_and(|left| left > 0)
     }
 
     /// The task to wake when something comes.
@@ -248,7 +260,6 @@ impl Handle {
             let room = stream.sending.window.min(shared).min(MAX_PAYLOAD as i64);
             if room > 0 {
                 stream.sending.waits = false;
-                stream.sending.stalled = 0;
                 return Poll::Ready(Ok(room as usize));
             }
             stream.sending.waits = true;
@@ -273,6 +284,17 @@ impl Handle {
     /// Ends the stream before its time, unless it has ended.
     pub(super) fn reset(&self, code: Code) {
         self.with(|state, key| state.reset(key, code));
+    }
+
+    /// Ends the stream because the body that is sent on it breaks off.
+    pub(super) fn break_off(&self, code: Code, is_too_slow: bool) {
+        let by = if is_too_slow { By::Slow } else { By::Source };
+        self.with(|state, key| state.reset_by(key, code, by));
+    }
+
+    /// True when it was ended because the peer is slower than it may be.
+    pub(super) fn is_too_slow(&self) -> bool {
+        self.with(|state, key| state.stream(key).reset.is_some_and(|reset| reset.by == By::Slow))
     }
 
     /// Ready when nothing can be sent any more.

@@ -4,10 +4,12 @@ use super::client::Connection;
 use super::connection::{Role, State};
 use super::frame::{self, Code, END_HEADERS, END_STREAM, HEADER, Header, Kind, PADDED, PREFACE, setting};
 use super::hpack::Encoder;
-use super::server::serve;
+use super::server::{Options, serve};
 use super::{Error, STREAM_WINDOW};
 use crate::body::{Body, Frame, Interim, InterimSink, Request, Response};
 use crate::drain;
+use crate::h1::pace::Pace;
+use crate::idle::Idlers;
 use bytes::{Buf, Bytes, BytesMut};
 use http::{Method, StatusCode};
 use proptest::prelude::*;
@@ -17,6 +19,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::Poll;
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::task::{JoinHandle, LocalSet, spawn_local};
 
@@ -112,7 +115,7 @@ where
     let (signal, drain) = drain::channel();
     let ended = spawn_local(async move {
         let _signal = signal;
-        serve(far.into(), BytesMut::new(), drain, |_| {}, service).await
+        serve(far.into(), BytesMut::new(), Options::default(), drain, |_| {}, service).await
     });
     let mut raw = Raw::over(near);
     raw.say(PREFACE).await;
@@ -399,6 +402,57 @@ async fn a_peer_that_vanishes_or_takes_nothing_is_left() {
     .await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn strangers_keep_a_pace_and_leave_when_there_is_no_room() {
+    local(async {
+        let idlers = Idlers::default();
+        let options = Options { pace: Some(Pace::OF_STRANGERS), idler: Some(idlers.enter()) };
+        let (near, far) = duplex(64 * 1024);
+        let (_signal, drain) = drain::channel();
+        let service = async |mut request: Request| {
+            let slow = loop {
+                match request.body.frame().await {
+                    Some(Ok(_)) => {}
+                    Some(Err(error)) => break error.is_too_slow(),
+                    None => break false,
+                }
+            };
+            ok(Body::Full(Bytes::from_static(if slow { b"slow" } else { b"whole" })))
+        };
+        let ended = spawn_local(serve(far.into(), BytesMut::new(), options, drain, |_| {}, service));
+        let mut raw = Raw::over(near);
+        raw.say(PREFACE).await;
+        raw.settings(&[]).await;
+        let fields = [(":method", "POST"), (":scheme", "http"), (":path", "/"), ("content-length", "9000")];
+        for (stream, part, verdict) in [(1, 10, &b"slow"[..]), (3, 1000, b"whole")] {
+            raw.headers(stream, 0, &fields).await;
+            let mut left = 9000;
+            let answer = loop {
+                let (header, payload) = raw.next().await.expect("the connection stays");
+                match header.kind {
+                    Kind::Data => break payload,
+                    // Once in ten seconds.
+                    Kind::Ping => {
+                        raw.send(Kind::Ping, frame::ACK, 0, &payload).await;
+                        left -= part;
+                        let end = if left == 0 { END_STREAM } else { 0 };
+                        raw.send(Kind::Data, end, stream, &vec![0; part]).await;
+                    }
+                    _ => {}
+                }
+            };
+            assert_eq!(answer, verdict);
+        }
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert_eq!(idlers.let_go(1), 1);
+        raw.next_of(Kind::GoAway).await;
+        while raw.next().await.is_some() {}
+        drop(raw);
+        ended.await.unwrap().unwrap();
+    })
+    .await;
+}
+
 /// Both sides are ours, and every body arrives as it was sent, whatever the pipe does.
 async fn exchange(bodies: Vec<(usize, usize)>, pipe: usize) {
     let (near, far) = duplex(pipe);
@@ -407,7 +461,7 @@ async fn exchange(bodies: Vec<(usize, usize)>, pipe: usize) {
         let status = if request.head.method == Method::HEAD { StatusCode::NO_CONTENT } else { StatusCode::OK };
         Some(Response { head: ResponseHead::new(status), body: request.body })
     };
-    spawn_local(serve(far.into(), BytesMut::new(), drain, |_| {}, echo));
+    spawn_local(serve(far.into(), BytesMut::new(), Options::default(), drain, |_| {}, echo));
     let connection = Connection::start(near.into());
     let mut tasks = Vec::new();
     for (seed, (length, abandoned)) in bodies.into_iter().enumerate() {

@@ -11,6 +11,7 @@ use super::tls::{Answered, Carried};
 use crate::h1;
 use crate::h2;
 use crate::io::Io;
+use sheer_core::cause::Cause;
 use sheer_core::identity::SpiffeId;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

@@ -101,7 +101,7 @@ impl State {
                 self.mistake(header.stream, Code::STREAM_CLOSED)
             };
         };
-        let Stream { receiving, reset, .. } = &mut self.streams[key];
+        let Stream { receiving, reset, moved, .. } = &mut self.streams[key];
         if let Some(reset) = reset {
             let known = reset.by != By::Peer;
             buffer.advance(length);
@@ -125,6 +125,7 @@ impl State {
             *left -= size as u64;
         }
         receiving.window -= length as i64;
+        *moved += size as u64;
         // Padding is taken at once.
         receiving.unreleased += padding as u32;
         if receiving.discarded {
@@ -529,7 +530,7 @@ impl State {
     /// too much waits already.
     pub(super) fn release(&mut self, length: u32) {
         self.unreleased += length;
-        if self.unreleased >= CONNECTION_WINDOW / 2 && self.waiting <= MAX_WAITING {
+        if self.unreleased >= CONNECTION_WINDOW / 2 && (self.role == Role::Client || self.waiting <= MAX_WAITING) {
             self.window += i64::from(self.unreleased);
             frame::window_update(0, std::mem::take(&mut self.unreleased), self.out.tail());
         }

@@ -69,10 +69,11 @@ impl State {
     }
 
     pub(in crate::h2) fn send_data(&mut self, key: usize, data: Bytes, ends: bool) {
-        let Stream { id, sending, .. } = &mut self.streams[key];
+        let Stream { id, sending, moved, .. } = &mut self.streams[key];
         if !sending.open {
             return;
         }
+        *moved += data.len() as u64;
         sending.window -= data.len() as i64;
         self.send_window -= data.len() as i64;
         let flags = if ends { END_STREAM } else { 0 };
@@ -106,6 +107,11 @@ impl State {
 
     /// Ends a stream before its time, unless it has ended.
     pub(in crate::h2) fn reset(&mut self, key: usize, code: Code) {
+        self.reset_by(key, code, By::Us);
+    }
+
+    /// Like [`State::reset`], on somebody's account.
+    pub(in crate::h2) fn reset_by(&mut self, key: usize, code: Code, by: By) {
         let stream = &self.streams[key];
         if stream.reset.is_some() || !stream.sending.open && !stream.receiving.open {
             return;
@@ -117,7 +123,7 @@ impl State {
         }
         frame::reset(id, code, self.out.tail());
         self.remember(id);
-        self.end(key, Reset { code, by: By::Us });
+        self.end(key, Reset { code, by });
         self.touch();
     }
 

@@ -15,7 +15,7 @@ where
     S: AsyncFn(Request) -> Option<Response> + 'static,
 {
     let (client, server) = tokio::io::duplex(64 * 1024);
-    let ended = spawn_local(serve(server.into(), BytesMut::new(), drain, |_| {}, service));
+    let ended = spawn_local(serve(server.into(), BytesMut::new(), Options::default(), drain, |_| {}, service));
     (Connection::start(client.into()), ended)
 }
 
@@ -61,7 +61,7 @@ async fn a_client_that_says_nothing_is_let_go() {
     let (_client, server) = tokio::io::duplex(1024);
     let (_signal, drain) = drain::channel();
     let service = async |_| ok(Body::Empty);
-    let ended = serve(server.into(), BytesMut::new(), drain, |_| {}, service).await.unwrap_err();
+    let ended = serve(server.into(), BytesMut::new(), Options::default(), drain, |_| {}, service).await.unwrap_err();
     assert!(matches!(ended, Error::Protocol { code: Code::SETTINGS_TIMEOUT, .. }), "{ended}");
 }
 
@@ -197,7 +197,14 @@ async fn an_authority_that_differs_from_host_is_refused() {
     let test = async {
         let (_signal, drain) = drain::channel();
         let (client, server) = tokio::io::duplex(64 * 1024);
-        spawn_local(serve(server.into(), BytesMut::new(), drain, |_| {}, async |_: Request| ok(Body::Empty)));
+        spawn_local(serve(
+            server.into(),
+            BytesMut::new(),
+            Options::default(),
+            drain,
+            |_| {},
+            async |_: Request| ok(Body::Empty),
+        ));
         let (mut sender, connection) = ::h2::client::handshake(client).await.unwrap();
         spawn_local(connection);
         let request = http::Request::get("http://web/").header("host", "other").body(()).unwrap();
