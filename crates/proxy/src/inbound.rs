@@ -110,6 +110,7 @@ pub async fn accept(worker: Rc<Worker>, stream: TcpStream, port: Option<u16>) {
         }
         Ok(Ok(Sniffed::Tls(hello))) => hello.offers_mesh,
         Ok(Ok(_)) | Err(_) => false,
+        Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof && may_be_plaintext.is_ok() => false,
         Ok(Err(_)) => return,
     };
     match (is_mesh, may_be_plaintext) {
@@ -309,7 +310,9 @@ async fn from_client(worker: Rc<Worker>, mut io: Io, declared: snapshot::Protoco
         },
         snapshot::Protocol::Detect => match timeout(SILENCE, detect::detect(&mut io, &mut prefix)).await {
             Ok(Ok(Some(detected))) => detected,
-            Ok(Ok(None) | Err(_)) => return,
+            // It has nothing to say, and may still want to hear.
+            Ok(Ok(None)) => return bytes(worker, io, prefix, session, true).await,
+            Ok(Err(_)) => return,
             // It waits for its server to speak, or is slow.
             Err(_) => return Box::pin(bytes(worker, io, prefix, session, false)).await,
         },

@@ -160,6 +160,10 @@ pub async fn accept(worker: Rc<Worker>, listener: TcpListener, traffic: Traffic,
         tracing::warn!(%error, "clients that vanish will not be noticed");
     }
     let mut drain = worker.drain();
+    // Urgent bytes are to stay where they stand among the others (RFC 6093, section 4).
+    if let Err(error) = socket2::SockRef::from(&listener).set_out_of_band_inline(true) {
+        tracing::warn!(%error, "urgent bytes will be lost");
+    }
     loop {
         // Neither arm loses a connection: one that was not accepted is the next proxy's.
         let accepted = tokio::select! {

@@ -4,6 +4,7 @@ mod certificates;
 mod framing;
 mod reasons;
 mod resources;
+mod streams;
 mod websocket;
 
 use crate::body::Body;
@@ -109,6 +110,8 @@ impl Beside {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         spawn_local(accept(self.worker.clone(), listener, traffic, Open::default()));
+        // What it asks of the listener holds for connections that come later.
+        tokio::task::yield_now().await;
         address
     }
 

@@ -3,14 +3,18 @@
 //! A side that closes its sending half closes the other's; a reset resets the other, and so does a relay that is given up
 //! before its sides have closed. Nothing is held for an idle
 //! connection: bytes are read into a buffer of the worker's and written on at once, and only what the other side does
-//! not take is kept.
+//! not take is kept. A reset is passed on also while its side is not read from, because it has closed before or because
+//! the other side is slow. Urgent bytes are bytes like others, in their place.
+
+mod broken;
 
 use crate::io::Io;
 use crate::metrics::Edge;
+use broken::Broken;
 use bytes::{Buf, Bytes};
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
-use std::io;
+use std::io::{self, Read};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -82,10 +86,12 @@ pub async fn relay(
         let Sides { near, far, .. } = &mut sides;
         let sent = out.poll(cx, near, far, counts)?;
         let received = back.poll(cx, far, near, counts)?;
-        match (sent, received) {
-            (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(Ok::<(), io::Error>(())),
-            _ => Poll::Pending,
+        if sent.is_ready() && received.is_ready() {
+            return Poll::Ready(Ok::<(), io::Error>(()));
         }
+        out.look_after(cx, near)?;
+        back.look_after(cx, far)?;
+        Poll::Pending
     });
     let copied = copied.await;
     sides.closed = copied.is_ok();
@@ -124,6 +130,10 @@ struct Direction {
     kept: Bytes,
     phase: Phase,
     unflushed: bool,
+    /// Looks after the source while nothing is read from it.
+    broken: Broken,
+    /// The source's readiness does not tell yet whether there are bytes.
+    untold: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -136,7 +146,7 @@ enum Phase {
 
 impl Direction {
     fn new(way: Way, kept: Bytes) -> Self {
-        Self { way, kept, phase: Phase::Copying, unflushed: false }
+        Self { way, kept, phase: Phase::Copying, unflushed: false, broken: Broken::default(), untold: true }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io, counts: &Counts) -> io::Result<Poll<()>> {
@@ -177,14 +187,24 @@ impl Direction {
         }
     }
 
+    /// Fails when the source was reset while nothing was read from it.
+    fn look_after(&mut self, cx: &mut Context<'_>, from: &Io) -> io::Result<()> {
+        match (self.phase, self.kept.is_empty()) {
+            (Phase::Copying, true) => {
+                self.broken.rest();
+                Ok(())
+            }
+            // A destination that is slow for a moment is nothing special.
+            (Phase::Copying, false) => self.broken.poll(cx, from, true),
+            (Phase::Closing | Phase::Closed, _) => self.broken.poll(cx, from, false),
+        }
+    }
+
     /// Reads once and writes what was read, keeping what the other side does not take.
     fn pass_on(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io, counts: &Counts) -> io::Result<Poll<()>> {
         SCRATCH.with_borrow_mut(|scratch| {
-            let mut buffer = ReadBuf::new(scratch);
-            if Pin::new(from).poll_read(cx, &mut buffer)?.is_pending() {
-                return Ok(Poll::Pending);
-            }
-            let read = buffer.filled();
+            let Poll::Ready(count) = poll_read(from, scratch, &mut self.untold, cx)? else { return Ok(Poll::Pending) };
+            let read = scratch.get(..count).unwrap_or_default();
             if read.is_empty() {
                 self.phase = Phase::Closing;
                 return Ok(Poll::Ready(()));
@@ -202,99 +222,30 @@ impl Direction {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::loopback;
-    use std::rc::Rc;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::TcpStream;
-    use tokio::task::{JoinHandle, LocalSet, spawn_local};
-
-    /// Client, server, and a relay between them.
-    async fn relayed() -> (TcpStream, TcpStream, JoinHandle<io::Result<()>>, Rc<Counts>) {
-        let (client, near) = loopback().await;
-        let (far, server) = loopback().await;
-        let counts = Rc::new(Counts::default());
-        let held = counts.clone();
-        let relay = spawn_local(async move {
-            let (mut near, mut far) = (Io::tcp(near)?, Io::tcp(far)?);
-            relay((&mut near, Bytes::from_static(b"first ")), (&mut far, Bytes::new()), &held).await
-        });
-        (client, server, relay, counts)
+/// Reads what there is, 0 at the end of the stream.
+///
+/// A read ends before an urgent byte although more is there, and the runtime takes a read that did not fill its buffer
+/// for the last one: so what comes after it would stay unread. Plain sockets are read until the kernel says that there
+/// is nothing, and the first time without asking the runtime, since somebody has read from them before.
+fn poll_read(from: &mut Io, buffer: &mut [u8], untold: &mut bool, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+    let Io::Plain(stream) = from else {
+        let mut buffer = ReadBuf::new(buffer);
+        return Pin::new(from).poll_read(cx, &mut buffer).map_ok(|()| buffer.filled().len());
+    };
+    if *untold {
+        match (&*socket2::SockRef::from(&*stream)).read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => *untold = false,
+            read => return Poll::Ready(read),
+        }
     }
-
-    #[tokio::test]
-    async fn each_half_closes_on_its_own() {
-        let test = async {
-            let (mut client, mut server, relay, counts) = relayed().await;
-            let sent = vec![7u8; 5_000_000];
-            let (request, answer) = (sent.clone(), sent.clone());
-            let echo = spawn_local(async move {
-                let mut got = Vec::new();
-                server.read_to_end(&mut got).await.unwrap();
-                assert!(got.strip_prefix(b"first ").unwrap() == request);
-                server.write_all(&answer).await.unwrap();
-            });
-            client.write_all(&sent).await.unwrap();
-            client.shutdown().await.unwrap();
-            let mut got = Vec::new();
-            client.read_to_end(&mut got).await.unwrap();
-            assert!(got == sent);
-            echo.await.unwrap();
-            relay.await.unwrap().unwrap();
-            assert_eq!((counts.sent.get(), counts.received.get()), (5_000_006, 5_000_000));
-        };
-        LocalSet::new().run_until(test).await;
-    }
-
-    #[tokio::test]
-    async fn bytes_count_on_the_edge_while_the_connection_lasts() {
-        let test = async {
-            let edge: Arc<Edge> = Arc::default();
-            let (mut client, near) = loopback().await;
-            let (far, mut server) = loopback().await;
-            let counts = Counts::on(edge.clone());
-            let relay = spawn_local(async move {
-                let (mut near, mut far) = (Io::tcp(near)?, Io::tcp(far)?);
-                relay((&mut near, Bytes::new()), (&mut far, Bytes::new()), &counts).await
-            });
-            client.write_all(b"question").await.unwrap();
-            server.read_exact(&mut [0; 8]).await.unwrap();
-            server.write_all(b"yes").await.unwrap();
-            client.read_exact(&mut [0; 3]).await.unwrap();
-            assert_eq!(edge.counted_bytes(), (8, 3));
-            assert!(!relay.is_finished());
-            relay.abort();
-        };
-        LocalSet::new().run_until(test).await;
-    }
-
-    #[tokio::test]
-    async fn a_relay_that_is_given_up_is_reset_on_both_sides() {
-        let test = async {
-            let (mut client, mut server, relay, _) = relayed().await;
-            server.read_exact(&mut [0; 6]).await.unwrap();
-            relay.abort();
-            for side in [&mut client, &mut server] {
-                assert_eq!(side.read_u8().await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
-            }
-        };
-        LocalSet::new().run_until(test).await;
-    }
-
-    #[tokio::test]
-    async fn a_reset_stays_a_reset() {
-        let test = async {
-            let (client, mut server, relay, _) = relayed().await;
-            let mut first = [0; 6];
-            server.read_exact(&mut first).await.unwrap();
-            socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
-            drop(client);
-            let error = server.read_u8().await.unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-            assert!(relay.await.unwrap().is_err());
-        };
-        LocalSet::new().run_until(test).await;
+    loop {
+        std::task::ready!(stream.poll_read_ready(cx))?;
+        match stream.try_read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            read => return Poll::Ready(read),
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -55,6 +55,8 @@ pub(super) async fn verdict(worker: &Worker, to: &Destination, io: &mut Io, pref
         },
         snapshot::Protocol::Detect if OPAQUE_PORTS.contains(&port) || is_learned(worker, to) => Verdict::Bytes(None),
         snapshot::Protocol::Detect => match timeout(SILENCE, detect::detect(io, prefix)).await {
+            // It has nothing to say, and may still want to hear.
+            Ok(Ok(None)) => Verdict::Bytes(None),
             Ok(spoken) => of_client(spoken),
             Err(_) => whoever_speaks_first(worker, to, io, prefix).await,
         },

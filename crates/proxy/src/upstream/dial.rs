@@ -141,7 +141,11 @@ impl Connector {
                 self.notice_silence(&stream, carried);
                 self.secure(stream, &live.endpoint.server_name, carried, identities, sessions).await
             }
-            _ => Ok((Io::Plain(stream), None)),
+            _ => {
+                // As for accepted connections: without it urgent bytes are lost.
+                let _ = socket2::SockRef::from(&stream).set_out_of_band_inline(true);
+                Ok((Io::Plain(stream), None))
+            }
         }
     }
 
