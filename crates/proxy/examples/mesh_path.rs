@@ -113,6 +113,7 @@ impl Beside {
             drain: watch,
             inside: None,
             listening: None,
+            clients: Arc::default(),
         });
         teach(&proxy)?;
         Ok(Self { workers: worker::start(&proxy, doors, 1)?, _drain: signal, _demands: demands })

@@ -170,7 +170,12 @@ where
         drain.reached(drain::Phase::Refusing).await;
         tokio::time::sleep(LAST_CALL).await;
     });
-    let options = h1::server::Options { pace, idler: Some(worker.idlers.enter()), ..h1::server::Options::default() };
+    let options = h1::server::Options {
+        pace,
+        idler: Some(worker.idlers.enter()),
+        clients: worker.proxy.clients.clone(),
+        ..h1::server::Options::default()
+    };
     let service = async |request| service(request).await.into_outcome();
     match h1::server::serve(io, prefix, &options, stop, service).await {
         Ok(Ended::Closed) => {}

@@ -84,7 +84,12 @@ async fn http(worker: Rc<Worker>, io: Io) {
     };
     let mut drain = worker.drain();
     let stop = pin!(async move { drain.reached(crate::drain::Phase::Closing).await });
-    let options = Options { forward_proxy: true, idler: Some(worker.idlers.enter()), ..Options::default() };
+    let options = Options {
+        forward_proxy: true,
+        idler: Some(worker.idlers.enter()),
+        clients: worker.proxy.clients.clone(),
+        ..Options::default()
+    };
     match h1::server::serve(io, BytesMut::new(), &options, stop, service).await {
         Ok(Ended::Closed) => {}
         Ok(Ended::Tunnel(client, Far::Asked(destination))) => {

@@ -15,6 +15,7 @@ pub(crate) mod buffer;
 pub mod client;
 pub(crate) mod decode;
 pub(crate) mod encode;
+mod half_closed;
 pub mod pace;
 pub(crate) mod parse;
 pub mod server;
@@ -25,6 +26,7 @@ use std::task::{Context, Poll};
 use crate::body::{BodyError, Frame, Length};
 use crate::io::Io;
 
+pub use half_closed::Namespaces;
 pub use parse::Refusal;
 
 /// A body that is still arriving over HTTP/1.

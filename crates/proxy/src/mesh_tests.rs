@@ -8,6 +8,7 @@ mod streams;
 mod websocket;
 
 use crate::body::Body;
+use crate::capture::listening::Ports;
 use crate::drain::{self, Phase};
 use crate::listen::{Open, Traffic, accept};
 use crate::metrics::Metrics;
@@ -100,6 +101,7 @@ fn beside_with(ca: &Authority, name: &str, plan: Plan) -> Beside {
         drain: watch,
         inside: None,
         listening: None,
+        clients: Ports::here().into_iter().collect(),
     });
     let worker = Rc::new(Worker::new(proxy.clone(), None).unwrap());
     Beside { proxy, worker, leave, _demands: demands }
@@ -907,6 +909,7 @@ async fn forward_door(api: &Beside) -> SocketAddr {
         drain: old.drain.clone(),
         inside: None,
         listening: None,
+        clients: old.clients.clone(),
     };
     let worker = Rc::new(Worker::new(Arc::new(proxy), None).unwrap());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

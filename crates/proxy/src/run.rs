@@ -9,6 +9,7 @@ use crate::capture::netns::SocketSource;
 use crate::control::{Address, AddressError};
 use crate::dns::{Server, Zone};
 use crate::drain::{self, Phase};
+use crate::h1::Namespaces;
 use crate::health::Watcher;
 use crate::identity::{IdentityError, Keeper, Wanted};
 use crate::link::Link;
@@ -381,6 +382,12 @@ impl Sockets {
         Ok(Ports::of(self.tables.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>()?))
     }
 
+    /// The namespaces that clients may be in: the workload's, and our own.
+    fn clients(&self) -> Namespaces {
+        let inside = (!self.tables.is_empty()).then(|| self.tables().ok()).flatten();
+        inside.into_iter().chain(Ports::here().ok()).collect()
+    }
+
     /// The port on which connections of this role arrive, where the proxy has one.
     fn port_of(&self, role: &Role) -> Option<u16> {
         let door = self.doors.iter().find(|door| door.role == *role)?;
@@ -471,6 +478,7 @@ impl OwnHalf {
         let watcher = Watcher::new(tables, &plan.ports, plan.health.as_deref(), inside, ports);
         others.spawn(watcher.trusting(plan.successor).run());
         let listening = sockets.tables().ok();
+        let clients = sockets.clients();
         let dns = Server::new(outputs.zone.clone(), plan.resolvers.clone(), metrics.clone());
         for socket in sockets.dns_udp {
             let socket = tokio::net::UdpSocket::from_std(socket).map_err(system("listen for DNS"))?;
@@ -500,6 +508,7 @@ impl OwnHalf {
             drain,
             inside: sockets.inside,
             listening,
+            clients,
         });
         Ok(Self {
             proxy,

@@ -3,6 +3,7 @@
 use crate::capture::listening::Ports;
 use crate::capture::netns::SocketSource;
 use crate::drain;
+use crate::h1;
 use crate::idle::Idlers;
 use crate::listen;
 use crate::metrics::{Edge, EdgeKey, Metrics, Protocol, Shed, Side};
@@ -55,6 +56,8 @@ pub struct Proxy {
     pub inside: Option<SocketSource>,
     /// The ports that listen in that namespace.
     pub listening: Option<Ports>,
+    /// The namespaces that clients of the workload, or the workload as a client, may be in.
+    pub clients: h1::Namespaces,
 }
 
 /// A listening socket and what arrives on it.

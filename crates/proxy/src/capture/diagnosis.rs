@@ -1,11 +1,11 @@
-//! Listening sockets, asked of the kernel by sock_diag(7).
+//! Listening sockets, and single connections, asked of the kernel by sock_diag(7).
 //!
 //! The tables in /proc hold every connection, and reading them walks the kernel's whole hash of these, a quarter of a
 //! million buckets on a usual host. Asked this way the kernel looks at its listeners alone.
 
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
@@ -50,6 +50,23 @@ impl Diagnosis {
         Ok(())
     }
 
+    /// Whether anybody holds the socket that is connected from one address to another; `None` when there is none.
+    pub(super) fn holds(&mut self, from: SocketAddr, to: SocketAddr) -> io::Result<Option<bool>> {
+        let Some(request) = request_one(from, to) else { return Ok(None) };
+        send(self.socket.as_raw_fd(), &request, MsgFlags::empty())?;
+        let length = recv(self.socket.as_raw_fd(), &mut self.buffer, MsgFlags::empty())?;
+        let answer = self.buffer.get(..length).unwrap_or_default();
+        let message = answer.get(HEADER..).ok_or(io::ErrorKind::InvalidData)?;
+        match u16::from_ne_bytes([answer[4], answer[5]]) {
+            SOCK_DIAG_BY_FAMILY => Ok(is_held(message)),
+            NLMSG_ERROR => match error(message) {
+                error if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                error => Err(error),
+            },
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
     /// Reads some messages. True when they were the last.
     fn read(&mut self, found: &mut impl FnMut(IpAddr, u16)) -> io::Result<bool> {
         let length = recv(self.socket.as_raw_fd(), &mut self.buffer, MsgFlags::empty())?;
@@ -82,6 +99,42 @@ fn request(family: u8) -> [u8; HEADER + REQUEST] {
     bytes[HEADER + 1] = IPPROTO_TCP;
     bytes[HEADER + 4..HEADER + 8].copy_from_slice(&(1u32 << TCP_LISTEN).to_ne_bytes());
     bytes
+}
+
+/// Asks for one connection; `None` when its ends are of two families.
+fn request_one(from: SocketAddr, to: SocketAddr) -> Option<[u8; HEADER + REQUEST]> {
+    let mut bytes = request(AF_INET);
+    bytes[6..8].copy_from_slice(&NLM_F_REQUEST.to_ne_bytes());
+    // Every state.
+    bytes[HEADER + 4..HEADER + 8].fill(0xff);
+    let id = &mut bytes[HEADER + 8..];
+    id[..2].copy_from_slice(&from.port().to_be_bytes());
+    id[2..4].copy_from_slice(&to.port().to_be_bytes());
+    let family = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            id[4..8].copy_from_slice(&from.octets());
+            id[20..24].copy_from_slice(&to.octets());
+            AF_INET
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            id[4..20].copy_from_slice(&from.octets());
+            id[20..36].copy_from_slice(&to.octets());
+            AF_INET6
+        }
+        _ => return None,
+    };
+    // Whatever its cookie is.
+    id[40..48].fill(0xff);
+    bytes[HEADER] = family;
+    Some(bytes)
+}
+
+/// Whether a process holds the socket of an `inet_diag_msg`: a socket that was let go has no inode. `None` for a listener,
+/// which the kernel names when there is no such connection.
+fn is_held(message: &[u8]) -> Option<bool> {
+    const INODE: usize = 68;
+    let inode = u32::from_ne_bytes(*message.get(INODE..)?.first_chunk()?);
+    (u32::from(*message.get(1)?) != TCP_LISTEN).then_some(inode != 0)
 }
 
 fn error(message: &[u8]) -> io::Error {

@@ -1,13 +1,18 @@
-//! Which ports the workload's processes listen on, read from the kernel's socket tables.
+//! Which ports the workload's processes listen on, and whether its clients still hold their connections, read from the
+//! kernel's socket tables.
 
 use super::diagnosis::Diagnosis;
 use parking_lot::Mutex;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+/// How old what was read of the connections may be: many clients that hang up at once are looked at together.
+const FRESH: Duration = Duration::from_millis(200);
 
 /// The socket tables of one network namespace. They show the namespace in which they were opened, whoever reads them.
 #[derive(Debug)]
@@ -15,6 +20,17 @@ pub struct Ports {
     tables: Vec<File>,
     /// Asked first, where there is one.
     diagnosis: Option<Mutex<Diagnosis>>,
+    connections: Mutex<Connections>,
+}
+
+/// The two ends of a connection, as the socket that is asked about sees them.
+type Ends = (SocketAddr, SocketAddr);
+
+/// The connections of the tables: whether anybody holds their sockets.
+#[derive(Debug, Default)]
+struct Connections {
+    read: Option<Instant>,
+    held: HashMap<Ends, bool, foldhash::fast::RandomState>,
 }
 
 /// The sockets in LISTEN state, by port.
@@ -26,7 +42,7 @@ pub struct Listening {
 impl Ports {
     /// The tables `/proc/net/tcp` and `tcp6` of a namespace, opened inside it.
     pub fn of(tables: Vec<OwnedFd>) -> Self {
-        Self { tables: tables.into_iter().map(File::from).collect(), diagnosis: None }
+        Self { tables: tables.into_iter().map(File::from).collect(), diagnosis: None, connections: Mutex::default() }
     }
 
     /// The tables of the namespace that this process is in, and where the kernel answers, its sock_diag(7).
@@ -37,7 +53,31 @@ impl Ports {
         let mut tables = vec![File::open("/proc/net/tcp")?];
         // Absent where IPv6 is switched off.
         tables.extend(File::open("/proc/net/tcp6").ok());
-        Ok(Self { tables, diagnosis: Diagnosis::open().ok().map(Mutex::new) })
+        Ok(Self { tables, diagnosis: Diagnosis::open().ok().map(Mutex::new), connections: Mutex::default() })
+    }
+
+    /// Whether a process still holds the socket that is connected from one address to another; `None` when this namespace
+    /// has no such socket. What is said may be [`FRESH`] old. A socket that was closed is there for another minute, unless
+    /// it was reset.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub fn holds(&self, from: SocketAddr, to: SocketAddr) -> io::Result<Option<bool>> {
+        let ends = (plain(from), plain(to));
+        if let Some(diagnosis) = &self.diagnosis {
+            return diagnosis.lock().holds(ends.0, ends.1);
+        }
+        let mut connections = self.connections.lock();
+        if connections.read.is_none_or(|read| read.elapsed() > FRESH) {
+            connections.held.clear();
+            for table in &self.tables {
+                let text = whole(table)?;
+                let lines = text.split(|byte| *byte == b'\n').skip(1);
+                connections.held.extend(lines.filter_map(|line| connection(std::str::from_utf8(line).ok()?)));
+            }
+            connections.read = Some(Instant::now());
+        }
+        Ok(connections.held.get(&ends).copied())
     }
 
     /// Looks. It takes as long as the tables are: some microseconds in a namespace of one workload.
@@ -119,6 +159,19 @@ fn listener(line: &str) -> Option<(IpAddr, u16)> {
     endpoint(local)
 }
 
+/// The ends of a line of the table, and whether the socket has an inode, as those have that somebody holds.
+fn connection(line: &str) -> Option<(Ends, bool)> {
+    const INODE: usize = 9;
+    let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+    let end = |at: usize| endpoint(fields.get(at)?).map(|(ip, port)| plain(SocketAddr::new(ip, port)));
+    Some(((end(1)?, end(2)?), *fields.get(INODE)? != "0"))
+}
+
+/// The address without its scope, and as IPv4 where it is one.
+fn plain(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
 /// An address of the table: groups of four bytes in the machine's order, in hexadecimal, a colon, the port.
 pub(super) fn endpoint(text: &str) -> Option<(IpAddr, u16)> {
     let (address, port) = text.split_once(':')?;
@@ -162,6 +215,30 @@ mod tests {
             assert_eq!(ports.look().unwrap().address(port), Some(Ipv4Addr::LOCALHOST.into()));
             drop(listener);
             assert!(!ports.look().unwrap().contains(port));
+        }
+    }
+
+    #[test]
+    fn a_client_that_has_closed_is_told_from_one_that_has_only_finished() {
+        let tables =
+            || Ports::of(["/proc/net/tcp", "/proc/net/tcp6"].map(|path| File::open(path).unwrap().into()).into());
+        for address in ["127.0.0.1:0", "[::1]:0", "[::]:0"] {
+            let Ok(listener) = std::net::TcpListener::bind(address) else { continue };
+            let to = match address {
+                "[::]:0" => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), listener.local_addr().unwrap().port()),
+                _ => listener.local_addr().unwrap(),
+            };
+            let client = std::net::TcpStream::connect(to).unwrap();
+            let from = client.local_addr().unwrap();
+            let _accepted = listener.accept().unwrap();
+            client.shutdown(std::net::Shutdown::Write).unwrap();
+            // Each looks for the first time, so that nothing is remembered.
+            let both = || [Ports::here().unwrap(), tables()].map(|ports| ports.holds(from, to).unwrap());
+            assert_eq!(both(), [Some(true); 2], "{address}");
+            drop(client);
+            assert_eq!(both(), [Some(false); 2], "{address}");
+            let nobody = "127.0.0.1:1".parse().unwrap();
+            assert_eq!([Ports::here().unwrap(), tables()].map(|ports| ports.holds(nobody, to).unwrap()), [None; 2]);
         }
     }
 

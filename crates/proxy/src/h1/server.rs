@@ -10,6 +10,7 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 use tokio::io::AsyncWrite;
@@ -17,6 +18,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use super::decode::Decoder;
 use super::encode::{self, Asked, Encoding, Outgoing, SendFault, Sender};
+use super::half_closed::{HalfClosed, Namespaces};
 use super::pace::{Pace, Watch};
 use super::parse::{self, Framing, ParsedRequest, Refusal};
 use super::{Incoming, Upgraded, buffer};
@@ -47,6 +49,8 @@ pub struct Options {
     pub pace: Option<Pace>,
     /// Ends the connection between two requests when there is no room for another.
     pub idler: Option<Idler>,
+    /// Where to look whether a client that has closed its sending side still waits for its answer.
+    pub clients: Namespaces,
 }
 
 impl Default for Options {
@@ -57,6 +61,7 @@ impl Default for Options {
             idle_timeout: Duration::from_secs(60 * 60),
             pace: None,
             idler: None,
+            clients: Arc::default(),
         }
     }
 }
@@ -109,9 +114,9 @@ pub enum ConnError {
 
 /// Serves a client's connection until it ends. `prefix` is what detection has already read.
 ///
-/// `service` is called for one request after the other. Its future is dropped when the client goes away meanwhile;
-/// a client that closes its sending side after a request that it announced as the last is still served. When `stop`
-/// is ready, an idle connection is closed, and one in use after its answer.
+/// `service` is called for one request after the other. Its future is dropped when the client goes away meanwhile; a
+/// client that only closes its sending side is still served, and the connection ends with that answer. When `stop` is
+/// ready, an idle connection is closed, and one in use after its answer.
 ///
 /// # Errors
 /// [`ConnError`]. The connection is closed in every case.
@@ -126,7 +131,7 @@ where
     S: AsyncFn(Request) -> Outcome<T>,
 {
     // Here, since an async function would have room for what it was given beside what it makes of it.
-    let link = Rc::new(Link { state: RefCell::new(State::new(io, prefix, options.pace)) });
+    let link = Rc::new(Link { state: RefCell::new(State::new(io, prefix, options)) });
     serve_link(link, options, stop, service)
 }
 
@@ -396,6 +401,9 @@ struct State {
     continued: bool,
     /// The client has closed its sending side.
     ended: bool,
+    /// Since it has, before its answer.
+    half_closed: Option<Box<HalfClosed>>,
+    clients: Namespaces,
     interim: VecDeque<ResponseHead>,
     interim_out: Outgoing,
     /// Who writes interim answers, should somebody else bring one.
@@ -481,7 +489,7 @@ impl InterimSink for Link {
 }
 
 impl State {
-    fn new(io: Io, read: BytesMut, pace: Option<Pace>) -> Self {
+    fn new(io: Io, read: BytesMut, options: &Options) -> Self {
         Self {
             io: Some(io),
             read,
@@ -490,10 +498,12 @@ impl State {
             begun: false,
             continued: false,
             ended: false,
+            half_closed: None,
+            clients: options.clients.clone(),
             interim: VecDeque::new(),
             interim_out: Outgoing::default(),
             writer: None,
-            pace,
+            pace: options.pace,
             slow_upload: None,
             uploaded: 0,
         }
@@ -562,11 +572,19 @@ impl State {
                 Err(_) => return Poll::Ready(ConnError::ClientGone),
             }
         }
-        // Who announced the last request may close the sending side and wait. Anyone else who closes has left.
-        if self.ended && self.read.is_empty() && exchange.keep_alive {
-            return Poll::Ready(ConnError::ClientGone);
+        if !self.ended || !self.read.is_empty() {
+            return Poll::Pending;
         }
-        Poll::Pending
+        match &self.io {
+            Some(Io::Plain(client)) => {
+                let half_closed = self.half_closed.get_or_insert_with(|| Box::new(HalfClosed::new(client)));
+                half_closed.poll_gone(client, &self.clients, cx).map(|()| ConnError::ClientGone)
+            }
+            // A peer's proxy closes the whole connection when it has no use for it, unless it has announced its last
+            // request.
+            _ if exchange.keep_alive => Poll::Ready(ConnError::ClientGone),
+            _ => Poll::Pending,
+        }
     }
 
     fn poll_interim(&mut self, cx: &mut Context<'_>) -> io::Result<()> {

@@ -20,6 +20,7 @@ async fn limited(descriptors: usize, memory: Option<Memory>) -> (Beside, SocketA
         drain: old.drain.clone(),
         inside: None,
         listening: None,
+        clients: old.clients.clone(),
     });
     web.worker = Rc::new(Worker::new(proxy.clone(), None).unwrap());
     web.proxy = proxy;

@@ -266,3 +266,47 @@ async fn urgent_bytes_stay_in_their_place() {
     };
     LocalSet::new().run_until(test).await;
 }
+
+#[tokio::test]
+async fn a_client_that_only_ends_its_side_gets_its_answers() {
+    let test = async {
+        let (port, mut connections) = held().await;
+        let (api, web, door) = two(Protocol::Detect, port).await;
+        let published = web.door(Traffic::Published(port)).await;
+        for door in [door, published] {
+            let mut client = TcpStream::connect(door).await.unwrap();
+            let requests = "GET /1 HTTP/1.1\r\nHost: web\r\n\r\nGET /2 HTTP/1.1\r\nHost: web\r\n\r\n";
+            client.write_all(requests.as_bytes()).await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut server = accepted(&mut connections).await;
+            for number in 1..=2 {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    assert!(soon("the request", server.read_buf(&mut head)).await.unwrap() > 0);
+                }
+                assert!(head.starts_with(format!("GET /{number} HTTP/1.1\r\n").as_bytes()));
+                // Longer than it takes to look whether the client has left.
+                tokio::time::sleep(Duration::from_millis(600)).await;
+                server.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await.unwrap();
+            }
+            let answers = String::from_utf8(to_end(&mut client).await).unwrap();
+            assert_eq!(answers.matches("HTTP/1.1 200 OK\r\n").count(), 2, "{answers}");
+            assert!(answers.ends_with("ok") && answers.contains("Connection: close"), "{answers}");
+        }
+        // One that really leaves is noticed later as well, and the work for it ends.
+        let mut client = TcpStream::connect(door).await.unwrap();
+        client.write_all(b"GET /3 HTTP/1.1\r\nHost: web\r\n\r\n").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut server = accepted(&mut connections).await;
+        let mut head = [0; 1024];
+        assert!(soon("the request", server.read(&mut head)).await.unwrap() > 0);
+        let early = tokio::time::timeout(Duration::from_millis(600), server.read(&mut head)).await;
+        assert!(early.is_err(), "its client still waits: {early:?}");
+        drop(client);
+        soon("the application's connection ends", async { while server.read(&mut head).await.unwrap_or(0) > 0 {} })
+            .await;
+        let is_gone = |side: &Beside| side.counted().iter().any(|it| it.1 == 499 && it.2 == "client-gone" && it.3 == 1);
+        until("both sides counted it", || is_gone(&api) && is_gone(&web)).await;
+    };
+    LocalSet::new().run_until(test).await;
+}
