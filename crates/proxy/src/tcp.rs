@@ -84,8 +84,8 @@ pub async fn relay(
     let mut sides = Sides { near, far, closed: false };
     let copied = poll_fn(|cx| {
         let Sides { near, far, .. } = &mut sides;
-        let sent = out.poll(cx, near, far, counts)?;
-        let received = back.poll(cx, far, near, counts)?;
+        let sent = out.poll(cx, near, far, counts).inspect_err(|_| back.pass_last_words(cx, far, near, counts))?;
+        let received = back.poll(cx, far, near, counts).inspect_err(|_| out.pass_last_words(cx, near, far, counts))?;
         if sent.is_ready() && received.is_ready() {
             return Poll::Ready(Ok::<(), io::Error>(()));
         }
@@ -197,6 +197,16 @@ impl Direction {
             // A destination that is slow for a moment is nothing special.
             (Phase::Copying, false) => self.broken.poll(cx, from, true),
             (Phase::Closing | Phase::Closed, _) => self.broken.poll(cx, from, false),
+        }
+    }
+
+    /// Passes on what the source said before the relay broke, as far as the destination takes it. An end of the source is
+    /// none now: the break may have been told to the other direction already.
+    fn pass_last_words(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io, counts: &Counts) {
+        while self.phase == Phase::Copying && self.kept.is_empty() {
+            if !matches!(self.pass_on(cx, from, to, counts), Ok(Poll::Ready(()))) {
+                return;
+            }
         }
     }
 

@@ -234,6 +234,28 @@ async fn a_client_that_says_nothing_and_ends_still_hears() {
 }
 
 #[tokio::test]
+async fn a_client_whose_server_cannot_be_reached_does_not_wait_in_vain() {
+    let test = async {
+        let api = beside(&Authority::new("mesh.internal"), "api", &[], Mode::Strict);
+        let nobody = refusing_address().await;
+        api.knows("default/web", Protocol::Detect, &[(nobody, 80)]);
+        let door = api.door(upstream("web")).await;
+        let mut silent = TcpStream::connect(door).await.unwrap();
+        let error = soon("it is reset", silent.read_u8()).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        let refused = ("default/api>default/web".to_owned(), 0, "connect-refused".to_owned(), 1);
+        until("it is counted", || api.counted().contains(&refused)).await;
+        // One that thinks for a while and then speaks HTTP is told why.
+        let mut slow = TcpStream::connect(door).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        slow.write_all(b"GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n").await.unwrap();
+        let answer = String::from_utf8(to_end(&mut slow).await).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 502") && answer.contains("connect-refused"), "{answer}");
+    };
+    LocalSet::new().run_until(test).await;
+}
+
+#[tokio::test]
 async fn urgent_bytes_stay_in_their_place() {
     let test = async {
         let (port, mut connections) = held().await;

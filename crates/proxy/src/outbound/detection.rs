@@ -21,6 +21,10 @@ const SILENCE: Duration = Duration::from_millis(50);
 /// How long a client's first words are waited for that tell one version of HTTP from the other.
 const FIRST_WORDS: Duration = Duration::from_secs(10);
 
+/// How long a client that is silent may go on being so when its server cannot be reached. One that speaks HTTP is then told
+/// why; one that waits for its server must not wait in vain.
+const LAST_WORD: Duration = Duration::from_secs(1);
+
 /// Ports whose servers speak first, or whose protocol is never HTTP: SMTP, submission, POP3, IMAP, SSH, FTP, MySQL,
 /// PostgreSQL, Redis, memcached, AMQP, MongoDB, Cassandra, ZooKeeper, Kafka, NATS, MQTT.
 const OPAQUE_PORTS: &[u16] =
@@ -74,8 +78,12 @@ fn of_client(spoken: std::io::Result<Option<Protocol>>) -> Verdict {
 
 async fn whoever_speaks_first(worker: &Worker, to: &Destination, io: &mut Io, prefix: &mut BytesMut) -> Verdict {
     let Ok((mut far, _, in_flight)) = connect(worker, to).await else {
-        // Why it leads nowhere is told in the client's own protocol, once it has spoken.
-        return of_client(detect::detect(io, prefix).await);
+        // Why it leads nowhere is told in the client's own protocol, if it speaks.
+        return match timeout(LAST_WORD, detect::detect(io, prefix)).await {
+            Ok(spoken) => of_client(spoken),
+            // Tried once more, and ended as a connection of bytes is that leads nowhere.
+            Err(_) => Verdict::Bytes(None),
+        };
     };
     match detect::turn(io, prefix, &mut far).await {
         Ok(Turn::Http1) => Verdict::Http(Spoken::Http1),

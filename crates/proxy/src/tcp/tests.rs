@@ -175,3 +175,23 @@ async fn both_sides_may_close_at_once() {
     };
     LocalSet::new().run_until(test).await;
 }
+
+#[tokio::test]
+async fn the_last_words_before_a_reset_arrive() {
+    let test = async {
+        for by_client in [true, false] {
+            let (client, mut server, _relay, _) = relayed().await;
+            server.read_exact(&mut [0; 6]).await.unwrap();
+            let (breaks, mut other) = if by_client { (client, server) } else { (server, client) };
+            // All before the relay runs: it meets the break when it writes.
+            assert_eq!(breaks.try_write(b"bye").unwrap(), 3);
+            break_off(breaks);
+            assert_eq!(other.try_write(b"more").unwrap(), 4);
+            let mut words = [0; 3];
+            other.read_exact(&mut words).await.unwrap();
+            assert_eq!(&words, b"bye");
+            assert_eq!(other.read_u8().await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+        }
+    };
+    LocalSet::new().run_until(test).await;
+}
