@@ -8,6 +8,7 @@ pub mod callers;
 pub mod faults;
 pub mod mesh;
 pub mod net;
+pub mod one_host;
 pub mod program;
 pub mod recorder;
 pub mod shop;

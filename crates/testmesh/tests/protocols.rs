@@ -1,83 +1,13 @@
 //! Protocols through two proxies, spoken by programs that others wrote and that nobody told of the mesh.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use sheer_testmesh::mesh::{Control, PATIENCE, Workload};
-use sheer_testmesh::net::{Host, Net};
-use sheer_testmesh::program::{Program, run, sheer};
-use sheer_testmesh::wait;
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use sheer_testmesh::one_host::Mesh;
+use sheer_testmesh::program::{run, sheer};
+use std::path::PathBuf;
 use std::process::Command;
 
 /// The system's own, which has the gRPC package; another may come first on the PATH.
 const PYTHON: &str = "/usr/bin/python3";
-
-/// A host with a control plane, servers in workloads, and a client in a workload of its own.
-struct Mesh {
-    // In the order of their ends.
-    programs: Vec<Program>,
-    _control: Program,
-    host: Host,
-    net: Net,
-}
-
-impl Mesh {
-    fn new() -> Result<Self> {
-        let net = Net::new()?;
-        std::fs::set_permissions(net.directory(), std::fs::Permissions::from_mode(0o755))?;
-        let host = net.host("host")?;
-        let control = Control::start(&host, &net.directory().join("control"))?.program;
-        let client = Workload::new(&host, "client", net.directory())?
-            .flags(&["--user", "root"])
-            .start(&["sleep", "infinity"])?;
-        let mesh = Self { programs: vec![client], _control: control, host, net };
-        wait::until("the client runs", PATIENCE, || mesh.client(&["true"]))?;
-        Ok(mesh)
-    }
-
-    fn home(&self) -> &Path {
-        self.net.directory()
-    }
-
-    fn serve(&mut self, service: &str, flags: &[&str], command: &[&str]) -> Result<()> {
-        let program = Workload::new(&self.host, service, self.net.directory())?.flags(flags).start(command)?;
-        self.programs.push(program);
-        Ok(())
-    }
-
-    /// Runs a command beside the client's proxy.
-    fn client(&self, command: &[&str]) -> Result<String> {
-        run(self.host.command(sheer()?).args(["exec", "client-1", "--"]).args(command))
-    }
-
-    /// The same until it succeeds, for as long as a server may take to start.
-    fn client_at_last(&self, command: &[&str]) -> Result<String> {
-        let answer = wait::until(&format!("{command:?} succeeds"), PATIENCE, || self.client(command));
-        answer.map_err(|error| self.explain(error))
-    }
-
-    /// Waits until a service takes traffic.
-    fn wait_for(&self, service: &str) -> Result<()> {
-        let ready = wait::until(&format!("{service} takes traffic"), PATIENCE, || {
-            let found = run(self.host.command(sheer()?).args(["get", "service", service, "-o", "json"]))?;
-            let found: serde_json::Value = serde_json::from_str(&found)?;
-            ensure!(found["services"][0]["healthy"] == 1, "{found}");
-            Ok(())
-        });
-        ready.map_err(|error| self.explain(error))
-    }
-
-    fn script(&self, name: &str, text: &str) -> Result<String> {
-        let file = self.home().join(name);
-        std::fs::write(&file, text)?;
-        Ok(file.to_string_lossy().into_owned())
-    }
-
-    fn explain(&self, error: anyhow::Error) -> anyhow::Error {
-        let printed: Vec<_> = self.programs.iter().map(Program::output).collect();
-        error.context(printed.join("\n---\n"))
-    }
-}
 
 #[test]
 fn redis_works_with_a_declared_and_a_detected_protocol() -> Result<()> {
