@@ -391,7 +391,7 @@ impl State {
         let mut slow = Vec::new();
         for (key, stream) in &mut self.streams {
             let uploads = stranger && stream.receiving.is_awaited();
-            if stream.reset.is_some() || !uploads && !(stream.sending.waits && stream.sending.open) {
+            if stream.reset.is_some() || !(uploads || stream.sending.waits && stream.sending.open) {
                 continue;
             }
             stream.waited += 1;
