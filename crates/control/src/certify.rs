@@ -36,7 +36,10 @@ impl service::identity_server::Identity for Identity {
             }
             Err(status) => {
                 let asked: String = asked.chars().take(130).flat_map(char::escape_default).collect();
-                tracing::warn!(identity = %asked, from = %peer.from(), reason = status.message(), "certificate refused");
+                if let Some(left_out) = self.control.refusals.admit() {
+                    let reason = status.message();
+                    tracing::warn!(identity = %asked, from = %peer.from(), reason, left_out, "certificate refused");
+                }
                 Err(status)
             }
         }
@@ -53,6 +56,11 @@ enum Grant {
 impl Identity {
     async fn certify_for(&self, peer: &Peer, request: CertifyRequest) -> Result<(CertifyResponse, String), Status> {
         let control = &self.control;
+        // Before the request's signature is looked at, which costs more than a guess.
+        let is_guess = matches!(peer.origin, Origin::Remote { .. }) && !request.token.is_empty();
+        if is_guess && control.guesses.exhausted(peer.ip()) {
+            return Err(AttestError::Guessing(peer.from()).status());
+        }
         let label = |text: &str| DnsLabel::parse(text).map_err(|error| Status::invalid_argument(error.to_string()));
         let (namespace, name) = (label(&request.namespace)?, label(&request.workload)?);
         let compiled = control.state.compiled();
@@ -107,9 +115,6 @@ impl Identity {
                 account: id.service_account().to_string(),
             }),
             Origin::Remote { .. } => {
-                if self.control.guesses.exhausted(peer.ip()) {
-                    return Err(AttestError::Guessing(peer.from()));
-                }
                 let token = JoinToken::parse(token).inspect_err(|_| self.control.guesses.count(peer.ip()))?;
                 if token.root_sha256 != self.control.authority.root_sha256() {
                     self.control.guesses.count(peer.ip());

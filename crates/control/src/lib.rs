@@ -24,6 +24,7 @@ pub mod fleet;
 mod listen;
 pub mod push;
 pub mod registration;
+mod seldom;
 pub mod source;
 pub mod state;
 pub mod status;
@@ -40,6 +41,7 @@ use fleet::Fleet;
 use parking_lot::Mutex;
 use push::Hub;
 use rustls_pki_types::CertificateDer;
+use seldom::Seldom;
 use sheer_core::api::{Applied, TokenRequest, TokenView, WorkloadView};
 use sheer_core::compile::{Compiled, Registered, Source};
 use sheer_core::name::ServiceName;
@@ -149,6 +151,8 @@ pub struct Control {
     fleet: Arc<Fleet>,
     telemetry: Telemetry,
     guesses: Guesses,
+    /// Certificates that were refused are logged.
+    refusals: Seldom,
     directory: Arc<Directory>,
     own_users: Vec<u32>,
     local_address: IpAddr,
@@ -221,6 +225,7 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
         fleet: Arc::default(),
         telemetry: Telemetry::default(),
         guesses: Guesses::default(),
+        refusals: Seldom::default(),
         directory,
         own_users: if options.own_users.is_empty() { own_users() } else { options.own_users.clone() },
         local_address: host,

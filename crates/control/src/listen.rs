@@ -2,6 +2,7 @@
 
 use crate::Control;
 use crate::attest::{Line, Origin, Peer};
+use crate::seldom::Seldom;
 use crate::tls::Door;
 use std::future::Future;
 use std::io;
@@ -148,6 +149,8 @@ pub(crate) struct Doorway {
     connections: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
     out: mpsc::Sender<io::Result<Connection>>,
+    /// Handshakes that fail are logged.
+    failures: Arc<Seldom>,
 }
 
 /// A doorway, and the connections that came through it.
@@ -158,6 +161,7 @@ pub(crate) fn doorway() -> (Doorway, ReceiverStream<io::Result<Connection>>) {
         connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
         handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
         out,
+        failures: Arc::default(),
     };
     (doorway, ReceiverStream::new(connections))
 }
@@ -170,6 +174,7 @@ impl Doorway {
             let Ok(handshake) = self.handshakes.clone().acquire_owned().await else { return };
             let Some((stream, address)) = accepted(listener.accept().await).await else { continue };
             let (acceptor, door, out) = (acceptor.clone(), door.clone(), self.out.clone());
+            let failures = self.failures.clone();
             tokio::spawn(async move {
                 let _handshake = handshake;
                 match tokio::time::timeout(HANDSHAKE, greet(stream, address, acceptor, door)).await {
@@ -179,8 +184,12 @@ impl Doorway {
                         // Closed when the control plane stops.
                         let _ = out.send(Ok(Connection { io, peer, end, _permit: permit })).await;
                     }
-                    Ok(Err(error)) => tracing::info!(%address, %error, "a proxy's handshake failed"),
-                    Err(_) => tracing::info!(%address, "a proxy's handshake took longer than 10 s"),
+                    failed => {
+                        if let Some(left_out) = failures.admit() {
+                            let error = failed.err().map_or("it took longer than 10 s".to_owned(), |it| it.to_string());
+                            tracing::info!(%address, %error, left_out, "a proxy's handshake failed");
+                        }
+                    }
                 }
             });
             if self.out.is_closed() {

@@ -5,6 +5,7 @@
 
 use crate::ca::{Authority, hex};
 use crate::clock::Clock;
+use crate::seldom::Seldom;
 use arc_swap::ArcSwapOption;
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs};
@@ -126,6 +127,8 @@ pub struct Door {
     name: String,
     certificate: ArcSwapOption<(CertifiedKey, i64)>,
     provider: Arc<CryptoProvider>,
+    /// Client certificates that were refused are logged.
+    refusals: Seldom,
 }
 
 impl Door {
@@ -138,6 +141,7 @@ impl Door {
             name: format!("control.{trust_domain}"),
             certificate: ArcSwapOption::empty(),
             provider: Arc::new(aws_lc_rs::default_provider()),
+            refusals: Seldom::default(),
         })
     }
 
@@ -233,7 +237,9 @@ impl ClientCertVerifier for Verifier {
         match verify(self.0.authority.root(), leaf, intermediates, self.0.clock.unix(), grace) {
             Ok(_) => Ok(ClientCertVerified::assertion()),
             Err(error) => {
-                tracing::info!(%error, "a client certificate was refused");
+                if let Some(left_out) = self.0.refusals.admit() {
+                    tracing::info!(%error, left_out, "a client certificate was refused");
+                }
                 Err(rustls::Error::InvalidCertificate(match error {
                     PeerError::Malformed => rustls::CertificateError::BadEncoding,
                     PeerError::Untrusted(webpki::Error::CertExpired { .. }) => rustls::CertificateError::Expired,
