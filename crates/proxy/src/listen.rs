@@ -129,11 +129,11 @@ impl Open {
         self.0.open.borrow().values().filter(|task| task.way == Way::In).for_each(|task| task.handle.abort());
     }
 
-    /// Ends a sixteenth of all, those that were accepted last, whatever they are in the middle of: how many.
+    /// Ends an eighth of all, those that were accepted last, whatever they are in the middle of: how many.
     pub fn end_youngest(&self) -> usize {
         let open = self.0.open.borrow();
         let mut numbers: Vec<u64> = open.keys().copied().collect();
-        let count = numbers.len().div_ceil(16);
+        let count = numbers.len().div_ceil(8);
         if count < numbers.len() {
             let last = numbers.len() - count;
             numbers.select_nth_unstable(last);

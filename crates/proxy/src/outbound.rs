@@ -70,7 +70,8 @@ impl Destination {
 
 /// Serves one connection of the workload.
 pub async fn accept(worker: Rc<Worker>, stream: TcpStream, asked: Asked) {
-    let destination = destination(&worker, &stream, asked).await;
+    // Boxed here and below, since a connection is kept for long after both are over.
+    let destination = Box::pin(destination(&worker, &stream, asked)).await;
     converse(worker, Io::Plain(stream), BytesMut::new(), destination).await;
 }
 
@@ -81,7 +82,7 @@ pub async fn refuse(worker: Rc<Worker>, stream: TcpStream, cause: Cause) {
 
 /// Serves a connection of which it is known where it leads, and some bytes may have been read.
 pub(crate) async fn converse(worker: Rc<Worker>, mut io: Io, mut prefix: BytesMut, destination: Destination) {
-    match detection::verdict(&worker, &destination, &mut io, &mut prefix).await {
+    match Box::pin(detection::verdict(&worker, &destination, &mut io, &mut prefix)).await {
         Verdict::Http(spoken) => Box::pin(http(worker, io, prefix, spoken, destination)).await,
         Verdict::Bytes(opened) => Box::pin(bytes(&worker, io, prefix.freeze(), &destination, opened)).await,
         Verdict::Gone => {}

@@ -2,8 +2,8 @@
 //!
 //! Connections of clients are counted against the descriptors that the process may have, so that each of them can have
 //! one to an endpoint, and the proxy itself what it needs to be looked at. Memory is what the process holds against the
-//! limit that it runs under. Beyond three quarters of that nothing new is begun; beyond seven eighths what was begun last
-//! ends. All of it fails with [`Cause::Overloaded`](sheer_core::cause::Cause), which provably processed nothing.
+//! limit that it runs under, with what the kernel holds for its connections. Beyond three fifths of that nothing new is
+//! begun; beyond three quarters what was begun last ends. All of it fails with [`Cause::Overloaded`](sheer_core::cause::Cause), which provably processed nothing.
 
 pub mod memory;
 
@@ -22,7 +22,7 @@ const RESERVED: usize = 128;
 /// How often memory is looked at while there is plenty.
 pub const CALM: Duration = Duration::from_millis(500);
 
-/// The same from half of the limit on: as fast as bodies can fill a tenth of a small one.
+/// The same from a quarter of the limit on: as fast as bodies can fill a tenth of a small one.
 pub const ALERT: Duration = Duration::from_millis(20);
 
 /// Begun requests and connections after which memory is looked at as well: each of them may come to hold 256 KiB, all
@@ -120,7 +120,7 @@ impl Overload {
         self.level.store(seen.level as u8, Relaxed);
         self.metrics.memory.store(seen.own, Relaxed);
         self.metrics.memory_limit.store(seen.limit, Relaxed);
-        if seen.own > seen.limit / 2 { ALERT } else { CALM }
+        if seen.own > seen.limit / 4 { ALERT } else { CALM }
     }
 }
 

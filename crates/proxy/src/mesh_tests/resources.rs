@@ -139,7 +139,7 @@ async fn memory_that_ends_is_shed_from_the_youngest_on() {
             stream.write_all(b"GET / HT").await.unwrap();
             clients.push(stream);
         }
-        held.store(LIMIT * 8 / 10, Relaxed);
+        held.store(LIMIT * 7 / 10, Relaxed);
         until("it is pressed", || web.proxy.overload.level() == Level::Pressed).await;
         assert!(!is_served(door).await, "nothing new is begun");
         assert_eq!(web.sample("sheer_clients_open"), 32, "what was begun goes on");

@@ -29,16 +29,17 @@ impl Level {
         }
     }
 
-    /// The level of `own` bytes under a limit. `group` is what all that share the limit use. Once pressed it stays so
-    /// until a tenth less is in use, so that nothing swings between the two.
-    fn judge(now: Level, own: u64, group: u64, limit: u64) -> Self {
-        let (own, group, limit) = (u128::from(own), u128::from(group), u128::from(limit));
-        let pressed = if now == Level::Calm { 75 } else { 65 };
+    /// The level of `own` bytes under a limit. Once pressed it stays so until a tenth less is in use, so that nothing
+    /// swings between the two. What was begun before it is noticed may still come to hold what is left free here: of the
+    /// smallest limit that is any use, 64 MiB, that is a hundred requests of 256 KiB.
+    fn judge(now: Level, own: u64, group: &Use, limit: u64) -> Self {
+        let (held, all, limit) = (u128::from(own) + u128::from(group.kernel), u128::from(group.all), u128::from(limit));
+        let pressed = if now == Level::Calm { 60 } else { 50 };
         // What others of the group use is theirs to give up, as long as this process is a small part of it.
-        let is_crowded = group * 100 >= limit * 95 && own * 100 >= limit * 25;
-        if own * 1000 >= limit * 875 {
+        let is_crowded = all * 100 >= limit * 95 && u128::from(own) * 100 >= limit * 25;
+        if held * 100 >= limit * 75 {
             Level::Critical
-        } else if own * 100 >= limit * pressed || is_crowded {
+        } else if held * 100 >= limit * pressed || is_crowded {
             Level::Pressed
         } else {
             Level::Calm
@@ -83,6 +84,17 @@ struct Group {
     stat: PathBuf,
     /// What the group's use counts that can be given up at once: files that were read.
     reclaimable: &'static str,
+    /// What the kernel holds for the group, where it has a file of its own: for the most part, sockets.
+    kernel: Option<PathBuf>,
+}
+
+/// What a control group uses, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Use {
+    /// All that cannot be given up at once.
+    all: u64,
+    /// Of it, what the kernel holds for the group's processes.
+    kernel: u64,
 }
 
 impl Memory {
@@ -113,8 +125,8 @@ impl Memory {
         }
         let own = self.own();
         // The rest takes longer to read, and matters only then.
-        let group = if own > self.limit / 4 { self.group() } else { 0 };
-        Seen { level: Level::judge(now, own, group, self.limit), own, limit: self.limit }
+        let group = if own > self.limit / 4 { self.group() } else { Use::default() };
+        Seen { level: Level::judge(now, own, &group, self.limit), own, limit: self.limit }
     }
 
     fn read_limit(&mut self) {
@@ -139,12 +151,19 @@ impl Memory {
         }
     }
 
-    /// What the group with the limit in force uses and cannot give up at once.
-    fn group(&self) -> u64 {
-        let Some(group) = self.groups.iter().find(|group| number(&group.limit) == Some(self.limit)) else { return 0 };
-        let used = number(&group.usage).unwrap_or_default();
+    /// What the group with the limit in force uses.
+    fn group(&self) -> Use {
+        let in_force = |group: &&Group| number(&group.limit) == Some(self.limit);
+        let Some(group) = self.groups.iter().find(in_force) else { return Use::default() };
         let stat = std::fs::read_to_string(&group.stat).unwrap_or_default();
-        used.saturating_sub(field(&stat, group.reclaimable).unwrap_or_default())
+        let of_stat = |name| field(&stat, name).unwrap_or_default();
+        Use {
+            all: number(&group.usage).unwrap_or_default().saturating_sub(of_stat(group.reclaimable)),
+            kernel: match &group.kernel {
+                Some(file) => number(file).unwrap_or_default(),
+                None => of_stat("kernel") + of_stat("sock"),
+            },
+        }
     }
 }
 
@@ -167,15 +186,22 @@ fn groups(of_process: &str, mounted: &Path) -> Vec<Group> {
             let root = mounted.join(root);
             let own = root.join(path.trim_start_matches('/'));
             for directory in own.ancestors().take_while(|it| it.starts_with(&root)) {
-                let group = |limit: &str, usage: &str, reclaimable| Group {
-                    limit: directory.join(limit),
-                    usage: directory.join(usage),
-                    stat: directory.join("memory.stat"),
-                    reclaimable,
-                };
+                let stat = directory.join("memory.stat");
                 groups.push(match controllers {
-                    "" => group("memory.max", "memory.current", "inactive_file"),
-                    _ => group("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+                    "" => Group {
+                        limit: directory.join("memory.max"),
+                        usage: directory.join("memory.current"),
+                        stat,
+                        reclaimable: "inactive_file",
+                        kernel: None,
+                    },
+                    _ => Group {
+                        limit: directory.join("memory.limit_in_bytes"),
+                        usage: directory.join("memory.usage_in_bytes"),
+                        stat,
+                        reclaimable: "total_inactive_file",
+                        kernel: Some(directory.join("memory.kmem.usage_in_bytes")),
+                    },
                 });
             }
         }
@@ -204,15 +230,19 @@ mod tests {
 
     #[test]
     fn levels_rise_at_once_and_fall_later() {
-        let judge = |now, own, group| Level::judge(now, own * MIB, group * MIB, 64 * MIB);
-        assert_eq!(judge(Level::Calm, 47, 0), Level::Calm);
-        assert_eq!(judge(Level::Calm, 48, 0), Level::Pressed);
-        assert_eq!(judge(Level::Pressed, 47, 0), Level::Pressed);
-        assert_eq!(judge(Level::Pressed, 41, 0), Level::Calm);
-        assert_eq!(judge(Level::Calm, 56, 0), Level::Critical);
+        let judge = |now, own, all, kernel| {
+            Level::judge(now, own * MIB, &Use { all: all * MIB, kernel: kernel * MIB }, 100 * MIB)
+        };
+        assert_eq!(judge(Level::Calm, 59, 0, 0), Level::Calm);
+        assert_eq!(judge(Level::Calm, 60, 0, 0), Level::Pressed);
+        assert_eq!(judge(Level::Pressed, 59, 0, 0), Level::Pressed);
+        assert_eq!(judge(Level::Pressed, 49, 0, 0), Level::Calm);
+        assert_eq!(judge(Level::Calm, 75, 0, 0), Level::Critical);
+        // What the kernel holds for its connections counts as well.
+        assert_eq!(judge(Level::Calm, 45, 70, 20), Level::Pressed);
         // Others fill the group: only a proxy that has its part in it gives way.
-        assert_eq!(judge(Level::Calm, 10, 63), Level::Calm);
-        assert_eq!(judge(Level::Calm, 16, 63), Level::Pressed);
+        assert_eq!(judge(Level::Calm, 20, 99, 5), Level::Calm);
+        assert_eq!(judge(Level::Calm, 25, 99, 5), Level::Pressed);
     }
 
     #[test]
@@ -231,13 +261,14 @@ mod tests {
         write("memory.max", "max\n");
         write("a/memory.max", "67108864\n");
         write("a/memory.current", "50000000\n");
-        write("a/memory.stat", "anon 1\nfile 2\ninactive_file 1000000\n");
+        write("a/memory.stat", "anon 1\nfile 2\nkernel 300\nsock 20\ninactive_file 1000000\n");
         write("a/b/memory.max", "max\n");
-        assert_eq!(limit("0::/a/b\n"), (64 * MIB, 49_000_000));
-        assert_eq!(limit("0::/of/the/host\n"), (1 << 40, 0));
-        write("memory/limit_in_bytes", "");
+        assert_eq!(limit("0::/a/b\n"), (64 * MIB, Use { all: 49_000_000, kernel: 320 }));
+        assert_eq!(limit("0::/of/the/host\n"), (1 << 40, Use::default()));
         write("memory/x/memory.limit_in_bytes", "33554432\n");
-        assert_eq!(limit("5:cpu:/x\n4:hugetlb,memory:/x\n0::/a/b\n").0, 32 * MIB);
+        write("memory/x/memory.kmem.usage_in_bytes", "7\n");
+        let of_both = limit("5:cpu:/x\n4:hugetlb,memory:/x\n0::/a/b\n");
+        assert_eq!(of_both, (32 * MIB, Use { all: 0, kernel: 7 }));
     }
 
     #[test]
