@@ -25,9 +25,9 @@ pub const CALM: Duration = Duration::from_millis(500);
 /// The same from a quarter of the limit on: as fast as bodies can fill a tenth of a small one.
 pub const ALERT: Duration = Duration::from_millis(20);
 
-/// Begun requests and connections after which memory is looked at as well: each of them may come to hold 256 KiB, all
-/// together 8 MiB, an eighth of the smallest limit that is any use.
-const BEGUN: usize = 32;
+/// What a request or connection that was begun may come to hold: memory is looked at as well whenever so many were begun
+/// that they may fill an eighth of the limit. That is after 32 under 64 MiB, and hardly ever on a large machine.
+const EACH: u64 = 256 * 1024;
 
 /// Which way a connection goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +45,9 @@ pub struct Overload {
     most: usize,
     clients: [AtomicUsize; 2],
     level: AtomicU8,
+    /// Begun since memory was looked at, and how many may be before it is again.
     begun: AtomicUsize,
+    at_once: AtomicUsize,
     memory: Option<Mutex<Memory>>,
 }
 
@@ -69,6 +71,7 @@ impl Overload {
             clients: [const { AtomicUsize::new(0) }; 2],
             level: AtomicU8::new(Level::Calm as u8),
             begun: AtomicUsize::new(0),
+            at_once: AtomicUsize::new(usize::MAX),
             memory: memory.map(Mutex::new),
         };
         overload.look();
@@ -95,7 +98,7 @@ impl Overload {
         // An estimate is enough, so that workers do not wait for each other: a lost count is made up for by the next.
         let begun = self.begun.load(Relaxed) + 1;
         self.begun.store(begun, Relaxed);
-        if begun.is_multiple_of(BEGUN) {
+        if begun >= self.at_once.load(Relaxed) {
             self.look();
         }
         self.level.load(Relaxed) == Level::Calm as u8
@@ -117,6 +120,8 @@ impl Overload {
         // Who finds it locked is told what the other one sees.
         let Some(mut memory) = self.memory.as_ref().and_then(Mutex::try_lock) else { return CALM };
         let seen = memory.look(self.level());
+        self.begun.store(0, Relaxed);
+        self.at_once.store(usize::try_from(seen.limit / 8 / EACH).unwrap_or(usize::MAX).max(1), Relaxed);
         self.level.store(seen.level as u8, Relaxed);
         self.metrics.memory.store(seen.own, Relaxed);
         self.metrics.memory_limit.store(seen.limit, Relaxed);
