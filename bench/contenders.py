@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FRONT, MIDDLE = 10010, 10011  # the port the load goes to; the port between two proxies
-BACKENDS = {"h1": 9000, "h2": 9001}
+BACKENDS = {"h1": 9000, "h2": 9001, "tcp": 9002}
 TOOLS = Path(__file__).parent / "tools" / "target" / "release"
 
 
 @dataclass
 class Case:
-    """What is carried: protocol h1 or h2, over one plain hop or over two proxies with mutual TLS between them."""
+    """What is carried: protocol h1, h2 or tcp, over one plain hop or over two proxies with mutual TLS between them."""
     protocol: str
     mesh: bool
 
@@ -51,33 +51,36 @@ def chain(case, hop):
 
 def haproxy(case, work):
     certificates = make_certificates(work)
-    proto = "" if case.protocol == "h1" else " proto h2"
-    alpn = "http/1.1" if case.protocol == "h1" else "h2"
+    tcp = case.protocol == "tcp"
+    proto = " proto h2" if case.protocol == "h2" else ""
+    alpn = {"h1": " alpn http/1.1", "h2": " alpn h2", "tcp": ""}[case.protocol]
 
     def hop(listen, upstream, tls_in, tls_out):
         tls = f"crt {certificates}/full.pem ca-file {certificates}/ca.pem verify required ssl-min-ver TLSv1.3"
-        bind = f" ssl {tls} alpn {alpn}" if tls_in else proto
-        server = f" ssl {tls} sni str(mesh.local) alpn {alpn}" if tls_out else proto
+        bind = f" ssl {tls}{alpn}" if tls_in else proto
+        server = f" ssl {tls} sni str(mesh.local){alpn}" if tls_out else proto
         return Process(["haproxy", "-db", "-f", write(work, f"haproxy-{listen}.cfg", f"""
 global
   nbthread 1
-  maxconn 9950
+  maxconn {2000 if tcp else 9950}
 defaults
-  mode http
+  mode {"tcp" if tcp else "http"}
   timeout connect 5s
   timeout client 1h
   timeout server 1h
-  http-reuse always
+  {"option splice-auto" if tcp else "http-reuse always"}
 frontend front
   bind 127.0.0.1:{listen}{bind}
   default_backend back
 backend back
-  server one 127.0.0.1:{upstream}{server} pool-purge-delay 1h
+  server one 127.0.0.1:{upstream}{server}{"" if tcp else " pool-purge-delay 1h"}
 """)], listen)
     return chain(case, hop)
 
 
 def nginx(case, work):
+    if case.protocol == "tcp":
+        return None  # its stream module is a package of its own
     certificates = make_certificates(work)
     pre = "proxy" if case.protocol == "h1" else "grpc"
 
@@ -123,7 +126,7 @@ def envoy(case, work):
           {extra}
           common_tls_context:
             tls_params: {{tls_minimum_protocol_version: TLSv1_3, tls_maximum_protocol_version: TLSv1_3}}
-            alpn_protocols: [{"h2" if case.protocol == "h2" else "http/1.1"}]
+            alpn_protocols: [{ {"h1": "http/1.1", "h2": "h2", "tcp": "tcp"}[case.protocol] }]
             tls_certificates:
             - {{certificate_chain: {{filename: {certificates}/leaf.pem}}, private_key: {{filename: {certificates}/leaf.key}}}}
             validation_context: {{trusted_ca: {{filename: {certificates}/ca.pem}}}}"""
@@ -137,6 +140,15 @@ def envoy(case, work):
         explicit_http_config: {http2_protocol_options: {}}""" if case.protocol == "h2" else ""
         manager = "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
         router = "envoy.extensions.filters.http.router.v3.Router"
+        http = f"""name: http
+        typed_config:
+          "@type": type.googleapis.com/{manager}
+          stat_prefix: front
+          codec_type: AUTO
+          route_config: {{virtual_hosts: [{{name: all, domains: ["*"], routes: [{{match: {{prefix: "/"}}, route: {{cluster: back}}}}]}}]}}
+          http_filters: [{{name: router, typed_config: {{"@type": type.googleapis.com/{router}}}}}]"""
+        bytes_only = """name: tcp
+        typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy, stat_prefix: front, cluster: back}"""
         limits = "{max_connections: 100000, max_pending_requests: 100000, max_requests: 100000}"
         return Process([binary, "--concurrency", "1", "--disable-hot-restart", "-l", "error", "--base-id", str(listen),
                         "-c", write(work, f"envoy-{listen}.yaml", f"""
@@ -146,13 +158,7 @@ static_resources:
     address: {{socket_address: {{address: 127.0.0.1, port_value: {listen}}}}}
     filter_chains:
     - filters:
-      - name: http
-        typed_config:
-          "@type": type.googleapis.com/{manager}
-          stat_prefix: front
-          codec_type: AUTO
-          route_config: {{virtual_hosts: [{{name: all, domains: ["*"], routes: [{{match: {{prefix: "/"}}, route: {{cluster: back}}}}]}}]}}
-          http_filters: [{{name: router, typed_config: {{"@type": type.googleapis.com/{router}}}}}]
+      - {bytes_only if case.protocol == "tcp" else http}
       {incoming}
   clusters:
   - name: back

@@ -6,7 +6,7 @@ CPU time of all proxies on the path (user and system) divided by the requests; r
 beside it. Contenders take turns within each round, and medians with their range are reported, so that a noisy machine
 hurts all alike. Only ratios mean anything elsewhere.
 
-usage: run.py [--cases h1,h1-mesh,h2,h2-mesh] [--contenders sheer,envoy,haproxy,nginx,forwarder,direct]
+usage: run.py [--cases h1,h1-mesh,h2,h2-mesh,tcp,tcp-mesh] [--contenders sheer,envoy,haproxy,nginx,forwarder,direct]
               [--rounds 3] [--seconds 4] [--write]
 ENVOY names the Envoy binary, SHEER the sheer binary; a contender that is missing is left out and said so.
 """
@@ -29,12 +29,14 @@ import contenders
 import sheer
 from contenders import FRONT, TOOLS, Case
 
-CASES = {"h1": Case("h1", False), "h1-mesh": Case("h1", True), "h2": Case("h2", False), "h2-mesh": Case("h2", True)}
+CASES = {"h1": Case("h1", False), "h1-mesh": Case("h1", True), "h2": Case("h2", False), "h2-mesh": Case("h2", True),
+         "tcp": Case("tcp", False), "tcp-mesh": Case("tcp", True)}
 CONTENDERS = {"sheer": sheer.contender, "envoy": contenders.envoy, "haproxy": contenders.haproxy,
               "nginx": contenders.nginx, "forwarder": contenders.forwarder, "direct": contenders.direct}
 PROXY_CORE, LOAD_CORE = "0", "1"
 # What Sheer's CPU per request may be, in the other's.
-GOALS = {"h1-mesh": {"haproxy": 1.2, "envoy": 0.35}, "h2-mesh": {"haproxy": 1.4, "envoy": 0.25}}
+GOALS = {"h1": {"haproxy": 1.0}, "h1-mesh": {"haproxy": 0.85, "envoy": 0.25}, "h2": {"haproxy": 1.4},
+         "h2-mesh": {"haproxy": 1.0, "envoy": 0.18}, "tcp": {"envoy": 0.8}, "tcp-mesh": {"envoy": 1.0}}
 IDLE = 2  # seconds that a contender is left alone before its memory is read
 HEADERS = ["User-Agent: bench/1.0", "Accept: application/json", "Accept-Encoding: gzip",
            "X-Request-Id: 5b8a3c1e-9d7f-4e6a-8b2c-0f1e2d3c4b5a",
@@ -117,7 +119,14 @@ def load_h2(port, seconds, work):
     return {"requests": good, "rps": float(re.search(r", ([\d.]+) req/s", output).group(1)), "mean_us": micros(mean)}
 
 
-LOADS = {"h1": load_h1, "h2": load_h2}
+def load_tcp(port, seconds, work):
+    """A request is a mebibyte here."""
+    output = on_load_core([str(TOOLS / "bytes"), "load", str(port), str(seconds)])
+    mebibytes = int(output.split()[0]) / 2**20
+    return {"requests": mebibytes, "rps": mebibytes / seconds}
+
+
+LOADS = {"h1": load_h1, "h2": load_h2, "tcp": load_tcp}
 
 
 def on_load_core(argv):
@@ -129,8 +138,8 @@ def measure(case, contender, seconds, work):
     plan = CONTENDERS[contender](case, work)
     if plan is None:
         return None
-    backend = "http1-backend" if case.protocol == "h1" else "http2-backend"
-    running = [start([str(TOOLS / backend), str(case.backend)], LOAD_CORE)]
+    backend = {"h1": ["http1-backend"], "h2": ["http2-backend"], "tcp": ["bytes", "serve"]}[case.protocol]
+    running = [start([str(TOOLS / backend[0]), *backend[1:], str(case.backend)], LOAD_CORE)]
     try:
         wait_for(case.backend)
         measured = []
@@ -163,15 +172,16 @@ def processes(sizes):
 
 
 def table(case, results):
-    rows = [f"### {case}", "", "| contender | CPU us/request | range | requests/s | latency us | MB resident idle | MB after load |",
+    unit = ("MiB", "MiB/s") if case.startswith("tcp") else ("request", "requests/s")
+    rows = [f"### {case}", "", f"| contender | CPU us/{unit[0]} | range | {unit[1]} | latency us | MB resident idle | MB after load |",
             "|---|---|---|---|---|---|---|"]
     for contender, rounds in results.items():
         costs = [it["cpu_us"] for it in rounds if it["cpu_us"]]
         cost = f"{statistics.median(costs):.1f}" if costs else "-"
         spread = f"{min(costs):.1f}-{max(costs):.1f}" if costs else "-"
         rps = f"{statistics.median(it['rps'] for it in rounds):.0f}"
-        name, key = ("p50", "p50_us") if "p50_us" in rounds[0] else ("mean", "mean_us")
-        latency = f"{name} {statistics.median(it[key] for it in rounds):.0f}"
+        names = {"p50_us": "p50", "mean_us": "mean"}
+        latency = "".join(f"{name} {statistics.median(it[key] for it in rounds):.0f}" for key, name in names.items() if key in rounds[0])
         if "p99_us" in rounds[0]:
             latency += f", p99 {statistics.median(it['p99_us'] for it in rounds):.0f}"
         rows.append(f"| {contender} | {cost} | {spread} | {rps} | {latency} | "
@@ -185,7 +195,7 @@ def table(case, results):
             goal = GOALS.get(case, {}).get(contender)
             ratio = own / statistics.median(it["cpu_us"] for it in rounds)
             ratios.append(f"{ratio:.2f}x {contender}" + (f" (goal: at most {goal:.2f}x)" if goal else ""))
-        rows += ["", "Sheer's CPU per request: " + ", ".join(ratios) + "."]
+        rows += ["", f"Sheer's CPU per {unit[0]}: " + ", ".join(ratios) + "."]
     return "\n".join(rows) + "\n"
 
 

@@ -35,28 +35,31 @@ def contender(case, work):
     os.chmod(home, 0o755)
     os.chmod(work, 0o755)
     control = f"unix:{home}/sockets/control.sock"
-    short = "http" if case.protocol == "h1" else "grpc"
+    short = {"h1": "http", "h2": "grpc", "tcp": "tcp"}[case.protocol]
 
     def proxy(service, port, *flags):
         return Process([BINARY, "proxy", service, "--capture", "none", "--control", control, "--mode", "strict",
                         "--metrics", "127.0.0.1:0", "--state", f"{home}/{service}", *flags], port)
 
-    client = proxy("client", FRONT, "--upstream", f"127.0.0.1:{FRONT}=bench:80")
+    # Only HTTP has port 80 by itself.
+    port = case.backend if case.mesh and case.protocol == "tcp" else 80
+    client = proxy("client", FRONT, "--upstream", f"127.0.0.1:{FRONT}=bench:{port}")
     plane = Process([BINARY, "control", "--config", f"{home}/config", "--state", f"{home}/state",
                      "--sockets", f"{home}/sockets", "--proxy-listen", "127.0.0.1:15912",
                      "--api-listen", f"127.0.0.1:{API}"], API, measured=False)
     if case.mesh:
         backend = proxy("bench", MIDDLE, "--port", f"{case.backend}/{short}", "--inbound-port", str(MIDDLE))
         return [client, backend, plane]
-    protocol = "http" if case.protocol == "h1" else "kubernetes.io/h2c"
+    protocol = {"h1": "http", "h2": "kubernetes.io/h2c", "tcp": "tcp"}[case.protocol]
     (home / "config" / "bench.yaml").write_text(PLAIN.format(port=case.backend, protocol=protocol, short=short))
     return [client, plane]
 
 
 def ready(case, work, limit=15):
     """Waits until a connection to the front is served: names, routes and endpoints are known."""
-    hello = b"GET / HTTP/1.1\r\nhost: bench\r\n\r\n" if case.protocol == "h1" else b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
-    good = b"HTTP/1.1 200" if case.protocol == "h1" else b"\0\0"
+    hello, good = {"h1": (b"GET / HTTP/1.1\r\nhost: bench\r\n\r\n", b"HTTP/1.1 200"),
+                   "h2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0", b"\0\0"),
+                   "tcp": (b"D", b"x")}[case.protocol]
     end, answer = time.time() + limit, b""
     while time.time() < end:
         try:
