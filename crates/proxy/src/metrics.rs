@@ -349,9 +349,14 @@ pub struct Metrics {
     pub(crate) memory_limit: AtomicU64,
     dns: [AtomicU64; Dns::ALL.len()],
     control_connected: AtomicBool,
+    control_seen_s: AtomicU64,
     certificate_expires_s: AtomicU64,
     resources_refused: AtomicU64,
     overflowed: AtomicU64,
+}
+
+fn seconds_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 impl Default for Metrics {
@@ -377,6 +382,7 @@ impl Metrics {
             memory_limit: AtomicU64::new(0),
             dns: Default::default(),
             control_connected: AtomicBool::new(false),
+            control_seen_s: AtomicU64::new(0),
             certificate_expires_s: AtomicU64::new(0),
             resources_refused: AtomicU64::new(0),
             overflowed: AtomicU64::new(0),
@@ -444,7 +450,14 @@ impl Metrics {
 
     /// Notes whether a stream to a control plane is open.
     pub fn set_control_connected(&self, connected: bool) {
-        self.control_connected.store(connected, Relaxed);
+        if self.control_connected.swap(connected, Relaxed) && !connected {
+            self.control_seen_s.store(seconds_now(), Relaxed);
+        }
+    }
+
+    /// When a stream to a control plane was last open, in seconds of unix time; 0 when none was since the start.
+    pub fn control_seen(&self) -> u64 {
+        if self.control_connected() { seconds_now() } else { self.control_seen_s.load(Relaxed) }
     }
 
     /// Whether a stream to a control plane is open.

@@ -30,6 +30,9 @@ impl Metrics {
     fn write_own(&self, text: &mut String) {
         head(text, "sheer_control_connected", "gauge", "1 while a stream to a control plane is open.");
         sample(text, "sheer_control_connected", "", u8::from(self.control_connected()));
+        let name = "sheer_control_last_seen_seconds";
+        head(text, name, "gauge", "Unix time at which such a stream was last open; 0 when none was since the start.");
+        sample(text, name, "", self.control_seen());
         let expires = self.certificate_expires_s.load(Relaxed);
         head(text, "sheer_certificate_expiry_seconds", "gauge", "Unix time at which the certificate in use expires.");
         sample(text, "sheer_certificate_expiry_seconds", "", expires);
@@ -203,6 +206,7 @@ mod tests {
             format!("sheer_received_bytes_total{{{labels}}} 20"),
             "sheer_refused_total{what=\"udp\"} 1".to_owned(),
             "sheer_control_connected 0".to_owned(),
+            "sheer_control_last_seen_seconds 0".to_owned(),
         ] {
             assert!(text.lines().any(|it| it == line), "missing {line}\n{text}");
         }
