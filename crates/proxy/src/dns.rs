@@ -241,15 +241,16 @@ impl Server {
 
     async fn forward(&self, question: &[u8], transport: Transport, largest: usize) -> Vec<u8> {
         let fits = |answer: &Vec<u8>| answer.len() <= largest;
-        if let Some(answer) = self.kept.young(question, Instant::now()).filter(fits) {
+        if let Some(answer) = self.kept.young(question, Instant::now()) {
             self.metrics.dns(Dns::Kept);
-            return answer;
+            // Whoever cannot take all of it asks again by TCP, and is then given the rest.
+            return if fits(&answer) { answer } else { kept::truncated(&answer).unwrap_or_else(|| failure(question)) };
         }
         let asked = self.resolvers.ask(question, transport == Transport::Tcp, largest);
         // Who could be given an old answer does not wait for a resolver that may be gone.
-        let answered = match self.kept.stale(question, Instant::now()).filter(fits) {
-            Some(_) => timeout(BEFORE_STALE, asked).await.ok().flatten(),
-            None => asked.await,
+        let answered = match self.kept.knows(question, Instant::now()) {
+            true => timeout(BEFORE_STALE, asked).await.ok().flatten(),
+            false => asked.await,
         };
         match answered {
             Some(answer) if !forward::is_failure(&answer) => {

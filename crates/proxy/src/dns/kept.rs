@@ -23,6 +23,9 @@ const MAX_BYTES: usize = 1 << 20;
 
 const HEADER: usize = 12;
 
+/// NXDOMAIN (RFC 1035, section 4.1.1).
+const NO_NAME: u8 = 3;
+
 /// The answers of one proxy.
 #[derive(Default)]
 pub(super) struct Kept(Mutex<Answers>);
@@ -38,46 +41,61 @@ struct Answer {
     got: Instant,
     /// When the resolvers were last asked for it.
     asked: Instant,
+    /// Whether that was in vain.
+    failed: bool,
 }
 
 impl Kept {
-    /// What may be answered without asking: a young answer, or one that was just asked for in vain. Otherwise it is asked.
+    /// What may be answered without asking: a young answer, or an old one that was just asked for in vain. Otherwise it is
+    /// asked.
     pub(super) fn young(&self, question: &[u8], now: Instant) -> Option<Vec<u8>> {
         let mut answers = self.0.lock();
         let answer = answers.known.get_mut(question.get(2..)?)?;
-        if now.duration_since(answer.asked) >= AGAIN {
-            answer.asked = now;
-            return None;
+        let age = now.duration_since(answer.got);
+        if age < AGAIN {
+            return with_id(&answer.bytes, question);
         }
-        match now.duration_since(answer.got) {
-            age if age < AGAIN => with_id(&answer.bytes, question),
-            age if age < STALE => with_id(&old(&answer.bytes)?, question),
-            _ => None,
+        if answer.failed && now.duration_since(answer.asked) < AGAIN && age < STALE {
+            return with_id(&old(&answer.bytes)?, question);
         }
+        answer.asked = now;
+        None
     }
 
-    /// The last good answer, when the resolvers fail now.
-    pub(super) fn stale(&self, question: &[u8], now: Instant) -> Option<Vec<u8>> {
+    /// Whether there is an answer to give when the resolvers fail.
+    pub(super) fn knows(&self, question: &[u8], now: Instant) -> bool {
         let answers = self.0.lock();
-        let answer = answers.known.get(question.get(2..)?)?;
+        let known = question.get(2..).and_then(|key| answers.known.get(key));
+        known.is_some_and(|answer| now.duration_since(answer.got) < STALE)
+    }
+
+    /// The last good answer, when the resolvers have failed now.
+    pub(super) fn stale(&self, question: &[u8], now: Instant) -> Option<Vec<u8>> {
+        let mut answers = self.0.lock();
+        let answer = answers.known.get_mut(question.get(2..)?)?;
+        answer.failed = true;
         if now.duration_since(answer.got) >= STALE {
             return None;
         }
         with_id(&old(&answer.bytes)?, question)
     }
 
-    /// Keeps an answer, when it is a good one.
+    /// Keeps an answer, when it is a good one. That a name does not exist any more ends what was kept of it.
     pub(super) fn keep(&self, question: &[u8], answer: &[u8], now: Instant) {
         let Some(key) = question.get(2..) else { return };
-        if !is_good(answer) || key.len() + answer.len() > MAX_BYTES / 8 {
+        let has_ended = answer.get(3).is_some_and(|flags| flags & 0x0f == NO_NAME);
+        if !has_ended && (!is_good(answer) || key.len() + answer.len() > MAX_BYTES / 8) {
             return;
         }
         let mut answers = self.0.lock();
         if let Some(before) = answers.known.remove(key) {
             answers.bytes -= key.len() + before.bytes.len();
         }
+        if has_ended {
+            return;
+        }
         answers.bytes += key.len() + answer.len();
-        answers.known.insert(key.into(), Answer { bytes: answer.to_vec(), got: now, asked: now });
+        answers.known.insert(key.into(), Answer { bytes: answer.to_vec(), got: now, asked: now, failed: false });
         while answers.bytes > MAX_BYTES {
             let oldest = answers.known.iter().min_by_key(|(_, it)| it.asked).map(|(key, _)| key.clone());
             let Some((key, gone)) = oldest.and_then(|key| answers.known.remove_entry(&key)) else { break };
@@ -89,6 +107,18 @@ impl Kept {
 /// Not truncated, without an error, with at least one record.
 fn is_good(answer: &[u8]) -> bool {
     answer.len() > HEADER && answer[2] & 0x02 == 0 && answer[3] & 0x0f == 0 && answer[6..8] != [0, 0]
+}
+
+/// An answer without its records, which says that there are more than fit.
+pub(super) fn truncated(answer: &[u8]) -> Option<Vec<u8>> {
+    let mut end = HEADER;
+    for _ in 0..u16::from_be_bytes(answer.get(4..6)?.try_into().ok()?) {
+        end = after_name(answer, end)? + 4;
+    }
+    let mut short = answer.get(..end)?.to_vec();
+    short[2] |= 0x02;
+    short[6..HEADER].fill(0);
+    Some(short)
 }
 
 fn with_id(answer: &[u8], question: &[u8]) -> Option<Vec<u8>> {
@@ -107,7 +137,8 @@ fn old(answer: &[u8]) -> Option<Vec<u8>> {
     for _ in 0..number(&answer, 4)? {
         at = after_name(&answer, at)? + 4;
     }
-    let records = [6, 8, 10].into_iter().map(|place| number(&answer, place)).sum::<Option<u16>>()?;
+    // As many as somebody says, in three numbers of 16 bits; there are no more than there are bytes for.
+    let records = [6, 8, 10].into_iter().map(|place| number(&answer, place).map(u32::from)).sum::<Option<u32>>()?;
     for _ in 0..records {
         at = after_name(&answer, at)?;
         let kind = number(&answer, at)?;
@@ -171,12 +202,17 @@ mod tests {
         kept.keep(&first, &answer(&first, 2), now);
         assert_eq!(kept.young(&second, after(900)), Some(answer(&second, 2)), "with its own id, and its own time");
         assert_eq!(kept.young(&second, after(1000)), None, "it is asked for again");
+        assert_eq!(
+            kept.young(&second, after(1100)),
+            None,
+            "also by TCP, where the answer was too long: nothing failed"
+        );
         // The resolvers fail.
         let told = Message::from_vec(&kept.stale(&second, after(1500)).unwrap()).unwrap();
         assert_eq!((told.metadata.id, told.answers.len(), told.answers[0].ttl), (2, 2, STALE_TTL_S));
         assert_eq!(told.edns.map(|it| it.max_payload()), Some(4096));
-        assert!(kept.young(&first, after(1900)).is_some(), "they are not asked more often than that");
-        assert_eq!(kept.young(&first, after(2000)), None);
+        assert!(kept.young(&first, after(2000)).is_some(), "they are not asked more often than that");
+        assert_eq!(kept.young(&first, after(2100)), None);
         assert!(kept.stale(&first, after(2000) + STALE).is_none());
         assert_eq!(kept.stale(&question(1, "other.org."), now), None);
     }
@@ -189,10 +225,32 @@ mod tests {
         failed[3] |= 3;
         let mut truncated = answer(&asked, 1);
         truncated[2] |= 2;
-        for bad in [failed, truncated, answer(&asked, 0)] {
-            kept.keep(&asked, &bad, now);
+        for bad in [&failed, &truncated, &answer(&asked, 0)] {
+            kept.keep(&asked, bad, now);
             assert_eq!(kept.stale(&asked, now), None);
         }
+        kept.keep(&asked, &answer(&asked, 1), now);
+        kept.keep(&asked, &truncated, now);
+        assert!(kept.stale(&asked, now).is_some());
+        kept.keep(&asked, &failed, now);
+        assert_eq!(kept.stale(&asked, now), None, "the name has ended");
+        assert_eq!(kept.0.lock().bytes, 0);
+    }
+
+    #[test]
+    fn an_answer_that_does_not_fit_says_so() {
+        let asked = question(7, "example.org.");
+        let short = Message::from_vec(&truncated(&answer(&asked, 1000)).unwrap()).unwrap();
+        assert!(short.metadata.truncation);
+        assert_eq!((short.metadata.id, short.answers.len(), short.queries.len()), (7, 0, 1));
+    }
+
+    #[test]
+    fn more_records_than_can_be_counted_are_none() {
+        let asked = question(1, "example.org.");
+        let mut lies = answer(&asked, 1);
+        lies[6..12].fill(0xff);
+        assert_eq!(old(&lies), None);
     }
 
     #[test]
@@ -214,7 +272,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_answer_panics(bytes: Vec<u8>) {
-            let _ = old(&bytes);
+            let _ = (old(&bytes), truncated(&bytes));
             Kept::default().keep(&question(1, "a."), &bytes, Instant::now());
         }
     }
