@@ -86,7 +86,7 @@ impl<'a> Site<'a> {
 
     /// When the certificate of the workload whose metrics are at this port ends, in seconds of unix time.
     fn expiry(&self, metrics: u16) -> Result<u64> {
-        let text = get(self.host, &format!("127.0.0.1:{metrics}"), "proxy", "/metrics", Duration::from_secs(5))?;
+        let text = get(self.host, &format!("127.0.0.1:{metrics}"), "localhost", "/metrics", Duration::from_secs(5))?;
         let line = text.lines().find(|line| line.starts_with("sheer_certificate_expiry_seconds "));
         Ok(line.and_then(|line| line.rsplit(' ').next()).context("no expiry")?.parse()?)
     }

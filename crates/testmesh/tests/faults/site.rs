@@ -1,6 +1,7 @@
 //! Hosts with services whose application is the test itself, and a caller's door to them.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use sheer_testmesh::callers::Asked;
 use sheer_testmesh::mesh::{Control, PATIENCE, Workload};
 use sheer_testmesh::net::{Host, Net};
 use sheer_testmesh::program::{Program, run, sheer};
@@ -114,4 +115,11 @@ impl Ground {
         std::fs::create_dir_all(&home).with_context(|| home.display().to_string())?;
         Ok(home)
     }
+}
+
+/// Holds when every call was answered well. How long one waited says more of a busy machine than of a fault.
+pub(crate) fn none_failed(asked: &[Asked]) -> Result<()> {
+    let failed: Vec<_> = asked.iter().filter(|it| it.answer.is_err()).collect();
+    ensure!(failed.is_empty(), "{} of {} failed: {:?}", failed.len(), asked.len(), failed.first());
+    Ok(())
 }
