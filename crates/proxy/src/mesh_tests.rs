@@ -1,6 +1,7 @@
 //! Two proxies and an application in one process, over loopback, with real certificates.
 
 mod certificates;
+mod floods;
 mod framing;
 mod reasons;
 mod resources;
