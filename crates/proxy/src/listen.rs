@@ -219,7 +219,7 @@ pub async fn keep_within_memory(worker: Rc<Worker>, open: Open) {
         if level >= Level::Pressed {
             worker.make_room(usize::MAX);
         }
-        if level == Level::Critical {
+        if level == Level::Critical && !worker.proxy.overload.is_nearly_empty() {
             let ended = open.end_youngest();
             worker.proxy.metrics.shed(Shed::Youngest, ended);
             tracing::warn!(connections = ended, "memory is at its end: connections that came last are ended");

@@ -38,6 +38,10 @@ pub enum Way {
     In,
 }
 
+/// Connections that are served however much memory is in use: what an allocator does not give back must not keep a proxy
+/// from serving for ever. At 256 KiB each way they hold 16 MiB, what is left free of the smallest limit that is any use.
+const FEW: usize = 32;
+
 /// What a proxy may use, and uses.
 pub struct Overload {
     metrics: Arc<Metrics>,
@@ -101,7 +105,12 @@ impl Overload {
         if begun >= self.at_once.load(Relaxed) {
             self.look();
         }
-        self.level.load(Relaxed) == Level::Calm as u8
+        self.level.load(Relaxed) == Level::Calm as u8 || self.is_nearly_empty()
+    }
+
+    /// Whether there is hardly anything that could be given up.
+    pub fn is_nearly_empty(&self) -> bool {
+        self.memory.is_some() && self.clients.iter().map(|it| it.load(Relaxed)).sum::<usize>() <= FEW
     }
 
     /// How much memory is in use, as it was last looked at.

@@ -132,7 +132,7 @@ async fn memory_that_ends_is_shed_from_the_youngest_on() {
         spawn_local(accept(web.worker.clone(), listener, published, open.clone()));
         spawn_local(crate::listen::keep_within_memory(web.worker.clone(), open));
         let mut clients = Vec::new();
-        for _ in 0..32 {
+        for _ in 0..64 {
             let mut stream = TcpStream::connect(door).await.unwrap();
             assert!(ask(&mut stream).await);
             // In use, so that it does not go for being idle.
@@ -142,9 +142,14 @@ async fn memory_that_ends_is_shed_from_the_youngest_on() {
         held.store(LIMIT * 7 / 10, Relaxed);
         until("it is pressed", || web.proxy.overload.level() == Level::Pressed).await;
         assert!(!is_served(door).await, "nothing new is begun");
-        assert_eq!(web.sample("sheer_clients_open"), 32, "what was begun goes on");
+        assert_eq!(web.sample("sheer_clients_open"), 64, "what was begun goes on");
         held.store(LIMIT * 9 / 10, Relaxed);
         until("some are ended", || web.sample("sheer_connections_shed_total{what=\"youngest\"}") >= 4).await;
+        until("the few that are left are served", || web.sample("sheer_clients_open") <= 32).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(web.sample("sheer_clients_open") > 16);
+        let mut anew = TcpStream::connect(door).await.unwrap();
+        assert!(ask(&mut anew).await, "memory that does not come back keeps nobody out for ever");
         held.store(LIMIT / 10, Relaxed);
         until("it is calm", || web.proxy.overload.level() == Level::Calm).await;
         let mut first = clients.remove(0);
