@@ -259,3 +259,36 @@ fn is_about_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, PermissionDenied};
     matches!(error.kind(), ConnectionAborted | ConnectionReset | Interrupted | PermissionDenied)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::sync::oneshot;
+
+    #[tokio::test]
+    async fn a_connection_that_panics_takes_nothing_else_with_it() {
+        let test = async {
+            let (worker, open) = (crate::mesh_tests::worker(), Open::default());
+            let admitted = || worker.proxy.overload.admit(Way::In).unwrap();
+            let (go_on, told) = oneshot::channel();
+            let (served, done) = oneshot::channel();
+            open.spawn(Way::In, admitted(), async move {
+                told.await.unwrap();
+                served.send(()).unwrap();
+            });
+            open.spawn(Way::In, admitted(), async {
+                tokio::task::yield_now().await;
+                panic!("a fault of the proxy, in one connection");
+            });
+            while open.0.open.borrow().len() == 2 {
+                tokio::task::yield_now().await;
+            }
+            // It is no longer counted, and the other one goes on.
+            go_on.send(()).unwrap();
+            done.await.unwrap();
+            open.none().await;
+            assert_eq!(worker.proxy.metrics.clients_open.load(std::sync::atomic::Ordering::Relaxed), 0);
+        };
+        tokio::task::LocalSet::new().run_until(test).await;
+    }
+}

@@ -195,3 +195,24 @@ async fn the_last_words_before_a_reset_arrive() {
     };
     LocalSet::new().run_until(test).await;
 }
+
+#[tokio::test]
+async fn many_sides_that_are_not_read_take_few_descriptors_and_are_all_looked_after() {
+    let test = async {
+        let mut relays = Vec::new();
+        for _ in 0..50 {
+            let (mut client, mut server, relay, _) = relayed().await;
+            client.shutdown().await.unwrap();
+            server.read_to_end(&mut Vec::new()).await.unwrap();
+            relays.push((client, server, relay));
+        }
+        assert_eq!(super::broken::looked_after(), 32);
+        for (client, server, relay) in relays {
+            break_off(client);
+            broken(&server).await;
+            assert!(relay.await.unwrap().is_err());
+        }
+        assert_eq!(super::broken::looked_after(), 0);
+    };
+    LocalSet::new().run_until(test).await;
+}
