@@ -170,6 +170,19 @@ fn connections_end_as_they_were_ended() -> Result<()> {
     Ok(())
 }
 
+#[test]
+#[ignore = "waits for five minutes: `make long`"]
+fn a_reader_may_pause_for_minutes() -> Result<()> {
+    let mut mesh = Mesh::new()?;
+    let script = mesh.script("pause.py", PAUSE)?;
+    let seconds = std::env::var("SHEER_PAUSE").unwrap_or_else(|_| "300".to_owned());
+    mesh.serve("pause", &["--port", "9000", "--user", "root"], &[PYTHON, &script, "serve", &seconds])?;
+    mesh.wait_for("pause")?;
+    let answer = mesh.client(&[PYTHON, &script, "call", &seconds]).map_err(|error| mesh.explain(error))?;
+    assert_eq!(answer.trim(), "every byte arrived");
+    Ok(())
+}
+
 /// A key and a certificate that is its own authority.
 fn certificate(mesh: &Mesh, name: &str, alternatives: &str) -> Result<(String, String)> {
     let file = |ending: &str| mesh.home().join(format!("{name}.{ending}")).to_string_lossy().into_owned();
@@ -409,6 +422,76 @@ def call():
     peer.shutdown(socket.SHUT_WR)
     assert to_end(peer) == b""
     print("all ended as they should")
+
+Threads(("0.0.0.0", 9000), Server).serve_forever() if sys.argv[1] == "serve" else call()
+"#;
+
+/// Sends much to readers that pause until every window is shut: bytes and HTTP/1, both ways.
+const PAUSE: &str = r#"
+import hashlib, socket, socketserver, sys, threading, time
+pause, size = float(sys.argv[2]), 64 << 20
+block = hashlib.shake_256(b"block").digest(1 << 20)
+whole = hashlib.sha256(block * (size >> 20)).hexdigest().encode()
+
+def line(peer):
+    text = b""
+    while not text.endswith(b"\n"): text += peer.recv(1)
+    return text
+
+def head(peer):
+    text = line(peer)
+    while not text.endswith(b"\r\n\r\n"): text += peer.recv(1)
+    return text
+
+def send(peer):
+    for _ in range(size >> 20): peer.sendall(block)
+
+def receive(peer):
+    time.sleep(pause)
+    digest, left = hashlib.sha256(), size
+    while left:
+        some = peer.recv(min(left, 65536))
+        assert some, "ended early, %d missing" % left
+        digest.update(some)
+        left -= len(some)
+    assert digest.hexdigest().encode() == whole
+    return whole
+
+class Server(socketserver.BaseRequestHandler):
+    def handle(self):
+        peer = self.request
+        command = line(peer)
+        if command.startswith((b"GET", b"PUT")): head(peer)
+        if command.startswith(b"GET"): peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+        if command.startswith((b"GET", b"\0give")): send(peer)
+        elif command.startswith(b"PUT"): peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\n\r\n" + receive(peer))
+        else: peer.sendall(receive(peer))
+
+class Threads(socketserver.ThreadingTCPServer):
+    allow_reuse_address = daemon_threads = True
+
+failed = []
+def one(command):
+    try:
+        peer = socket.create_connection(("pause", 9000))
+        peer.sendall(command)
+        if command.startswith(b"GET"): assert b" 200 " in head(peer)
+        if command.startswith((b"GET", b"\0give")): return receive(peer)
+        send(peer)
+        if command.startswith(b"PUT"): assert b" 200 " in head(peer)
+        back = b""
+        while len(back) < 64: back += peer.recv(64)
+        assert back == whole
+    except BaseException as error: failed.append((command, repr(error)))
+
+def call():
+    http = b" / HTTP/1.1\r\nHost: pause\r\nContent-Length: %d\r\n\r\n"
+    commands = [b"\0give\n", b"\0take\n", b"GET" + http % 0, b"PUT" + http % size]
+    threads = [threading.Thread(target=one, args=[command]) for command in commands]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert not failed, failed
+    print("every byte arrived")
 
 Threads(("0.0.0.0", 9000), Server).serve_forever() if sys.argv[1] == "serve" else call()
 "#;
