@@ -57,7 +57,7 @@ impl Ports {
     }
 
     /// Whether a process still holds the socket that is connected from one address to another; `None` when this namespace
-    /// has no such socket. What is said may be [`FRESH`] old. A socket that was closed is there for another minute, unless
+    /// has no such socket. What is said may be 200 ms old. A socket that was closed is there for another minute, unless
     /// it was reset.
     ///
     /// # Errors

@@ -72,7 +72,7 @@ impl Connection {
         let unsent =
             |body| SendError { cause: Cause::UpstreamReset, unprocessed: true, body, source: Some(Error::Closed) };
         if !self.0.0.borrow().has_slot() {
-            poll_fn(|cx| self.poll_slot(cx)).await;
+            self.slot().await;
         }
         let stream = {
             let mut state = self.0.0.borrow_mut();
@@ -105,13 +105,19 @@ impl Connection {
         }
     }
 
-    fn poll_slot(&self, cx: &Context<'_>) -> Poll<()> {
-        let mut state = self.0.0.borrow_mut();
-        if state.has_slot() || !state.is_open() {
-            return Poll::Ready(());
+    /// Waits until the peer admits another stream, or none any more.
+    async fn slot(&self) {
+        let slots = self.0.0.borrow().slots();
+        loop {
+            let told = slots.notified();
+            {
+                let state = self.0.0.borrow();
+                if state.has_slot() || !state.is_open() {
+                    return;
+                }
+            }
+            told.await;
         }
-        state.wait_for_slot(cx.waker());
-        Poll::Pending
     }
 }
 

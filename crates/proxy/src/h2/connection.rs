@@ -15,7 +15,9 @@ use bytes::BytesMut;
 use sheer_core::head::{MAX_HEAD_BYTES, RequestHead};
 use slab::Slab;
 use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
 use std::task::Waker;
+use tokio::sync::Notify;
 
 /// Streams that we have reset and of which late frames are ignored, since their sender could not know.
 const REMEMBERED: usize = 256;
@@ -105,7 +107,7 @@ pub(super) struct State {
     /// Streams that wait for the connection's window or for what is to be written.
     queue: VecDeque<usize>,
     /// Who waits until there may be another stream.
-    slots: VecDeque<Waker>,
+    slots: Rc<Notify>,
     driver: Option<Waker>,
     patience: Patience,
     leaving: Leaving,
@@ -164,7 +166,7 @@ impl State {
             send_window: i64::from(DEFAULT_WINDOW),
             out,
             queue: VecDeque::new(),
-            slots: VecDeque::new(),
+            slots: Rc::default(),
             driver: None,
             patience: Patience::new(),
             leaving: Leaving::No,
@@ -238,8 +240,8 @@ impl State {
         self.heads -= stream.head_size;
         self.growth -= stream.receiving.limit - STREAM_WINDOW;
         self.waiting -= stream.receiving.drop_parts();
-        if let Some(waker) = self.slots.pop_front() {
-            waker.wake();
+        if self.role == Role::Client {
+            self.slots.notify_one();
         }
         if self.streams.is_empty() {
             self.touch();
@@ -274,7 +276,7 @@ impl State {
     }
 
     fn wake_slots(&mut self) {
-        self.slots.drain(..).for_each(Waker::wake);
+        self.slots.notify_waiters();
     }
 
     /// The peer is a client whom nobody knows: it keeps this pace.

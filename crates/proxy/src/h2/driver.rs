@@ -188,6 +188,13 @@ impl Driver {
     }
 }
 
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // Who ends the connection's task ends what is under way on it: nobody would read or write for it any more.
+        self.shared.borrow_mut().close(&Error::Closed);
+    }
+}
+
 /// What a driver returns for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Event {

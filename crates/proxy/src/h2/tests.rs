@@ -330,6 +330,63 @@ async fn requests_wait_for_a_stream_that_the_peer_admits() {
 }
 
 #[tokio::test]
+async fn who_gives_up_waiting_for_a_stream_gives_it_to_the_next() {
+    local(async {
+        let (connection, mut raw) = server(&[(setting::MAX_CONCURRENT_STREAMS, 1)]).await;
+        while !raw.next_of(Kind::Settings).await.0.has(frame::ACK) {}
+        let ask = |target: &'static str| {
+            let connection = connection.clone();
+            let head = RequestHead::new(Method::GET, Version::Http2, "web", target);
+            spawn_local(async move { connection.send(&head, Body::Empty, &Interim::default()).await })
+        };
+        let first = ask("/1");
+        raw.next_of(Kind::Headers).await;
+        let (second, third) = (ask("/2"), ask("/3"));
+        tokio::task::yield_now().await;
+        raw.headers(1, END_STREAM, &[(":status", "204")]).await;
+        // It is told that there is a stream now, and goes away in the same moment.
+        first.await.unwrap().unwrap();
+        second.abort();
+        let mut third = third;
+        let answer = loop {
+            tokio::select! {
+                answer = &mut third => break answer,
+                (header, _) = raw.next_of(Kind::Headers) => {
+                    raw.headers(header.stream, END_STREAM, &[(":status", "204")]).await;
+                }
+            }
+        };
+        assert_eq!(answer.unwrap().unwrap().head.status, StatusCode::NO_CONTENT);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_ends_a_connections_task_ends_its_requests() {
+    struct Gone(Rc<tokio::sync::Notify>);
+    impl Drop for Gone {
+        fn drop(&mut self) {
+            self.0.notify_one();
+        }
+    }
+    local(async {
+        let (begun, gone) = (Rc::new(tokio::sync::Notify::new()), Rc::new(tokio::sync::Notify::new()));
+        let (tell, held) = (begun.clone(), gone.clone());
+        let (mut raw, ended) = client(async move |_: Request| {
+            let _held = Gone(held.clone());
+            tell.notify_one();
+            std::future::pending().await
+        })
+        .await;
+        raw.request(1, END_STREAM).await;
+        begun.notified().await;
+        ended.abort();
+        gone.notified().await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_a_leaving_peer_has_not_looked_at_may_be_sent_again() {
     local(async {
         let (connection, mut raw) = server(&[]).await;

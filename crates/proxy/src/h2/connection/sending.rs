@@ -8,7 +8,8 @@ use crate::h2::stream::{Broken, By, Reset, Stream};
 use crate::h2::{CONNECTION_WINDOW, GROWTH, MAX_STREAM_WINDOW, MAX_STREAMS};
 use bytes::Bytes;
 use sheer_core::head::{Fields, RequestHead, ResponseHead};
-use std::task::Waker;
+use std::rc::Rc;
+use tokio::sync::Notify;
 
 impl State {
     /// The number of the next stream that we open.
@@ -27,9 +28,9 @@ impl State {
         self.streams.len() < self.peer.max_streams.min(MAX_STREAMS as usize)
     }
 
-    /// Remembers who waits for a slot.
-    pub(in crate::h2) fn wait_for_slot(&mut self, waker: &Waker) {
-        self.slots.push_back(waker.clone());
+    /// Told each time that there may be a slot. Who is told and goes away tells the next one.
+    pub(in crate::h2) fn slots(&self) -> Rc<Notify> {
+        self.slots.clone()
     }
 
     /// Opens a stream with a request.
