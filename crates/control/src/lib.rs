@@ -38,6 +38,8 @@ pub use backup::{BackupError, Restored, backup, restore};
 use ca::{Authority, CaError};
 use clock::Clock;
 use fleet::Fleet;
+use listen::Doorway;
+pub use listen::Line;
 use parking_lot::Mutex;
 use push::Hub;
 use rustls_pki_types::CertificateDer;
@@ -57,7 +59,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use store::{Store, StoreError, Table};
+use store::{Medium, Store, StoreError, Table};
 use telemetry::Telemetry;
 use tls::Door;
 use tokio::net::{TcpListener, UnixListener};
@@ -86,6 +88,9 @@ pub struct Options {
     pub own_users: Vec<u32>,
     /// The time; tests move it.
     pub clock: Clock,
+    /// Tests in simulated time put a disk in the place of the state file. Then there are no threads either: the
+    /// configuration directory is looked at, not watched.
+    pub medium: Option<Arc<dyn Medium>>,
 }
 
 /// Why a control plane cannot start or go on.
@@ -170,6 +175,7 @@ pub struct ControlPlane {
     control: Arc<Control>,
     tasks: JoinSet<Error>,
     stop: watch::Sender<bool>,
+    doorway: Doorway,
     proxy_addresses: Vec<SocketAddr>,
     api_address: Option<SocketAddr>,
     access: Arc<Access>,
@@ -182,8 +188,9 @@ pub struct ControlPlane {
 /// When any of these fails; nothing is left running then.
 pub async fn start(options: Options) -> Result<ControlPlane, Error> {
     let clock = options.clock.clone();
-    let store = Store::open(&options.state)?;
-    let directory = Directory::keeping(&options.config, Some(options.state.join(KEPT)));
+    let store = Store::open_with(&options.state, options.medium.clone())?;
+    let directory = if options.medium.is_some() { Directory::looking } else { Directory::keeping };
+    let directory = directory(&options.config, Some(options.state.join(KEPT)));
     let compiled = directory.load().unwrap_or_default();
     let trust_domain = compiled.mesh.trust_domain.clone();
     let authority = Arc::new(Authority::open(&options.state, &trust_domain, clock.clone())?);
@@ -241,11 +248,10 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
 
     let mut tasks = JoinSet::new();
     let mut sockets = Vec::new();
-    let (doorway, connections) = listen::doorway();
     let acceptor = tokio_rustls::TlsAcceptor::from(tls);
+    let (doorway, connections) = listen::doorway(acceptor, control.door.clone());
     for listener in listeners {
-        let door = control.door.clone();
-        until(&mut tasks, &stopped, "a listener", doorway.clone().accept_tls(listener, acceptor.clone(), door));
+        until(&mut tasks, &stopped, "a listener", doorway.clone().accept_tls(listener));
     }
     if let Some(directory) = &options.sockets {
         let path = directory.join("control.sock");
@@ -286,7 +292,7 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
     let (follower, applied) = (control.directory.clone(), control.clone());
     until(&mut tasks, &stopped, "the configuration watch", follower.follow(move |it| applied.reconfigure(it)));
     until(&mut tasks, &stopped, "housekeeping", control.clone().keep_house());
-    Ok(ControlPlane { control, tasks, stop, proxy_addresses, api_address, access, sockets })
+    Ok(ControlPlane { control, tasks, stop, doorway, proxy_addresses, api_address, access, sockets })
 }
 
 /// Makes a join token for a control plane that does not run. The request must name its addresses.
@@ -412,6 +418,18 @@ impl ControlPlane {
     /// A link for a browser, valid once and for 60 seconds; none without a TCP address.
     pub fn link(&self) -> Option<String> {
         self.access.link()
+    }
+
+    /// Takes a proxy's connection that was accepted elsewhere, as one to the proxies' port: speaks TLS on it first.
+    pub fn take<S: Line + 'static>(&self, stream: S, address: SocketAddr) -> impl Future<Output = ()> + use<S> {
+        let doorway = self.doorway.clone();
+        async move { doorway.take_tls(stream, address).await }
+    }
+
+    /// Takes a connection that was accepted elsewhere, as one of this user of this host to the unix socket.
+    pub fn take_local<S: Line + 'static>(&self, stream: S, uid: u32) -> impl Future<Output = ()> + use<S> {
+        let doorway = self.doorway.clone();
+        async move { doorway.take_local(stream, uid).await }
     }
 
     /// What its parts share.

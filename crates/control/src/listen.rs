@@ -1,7 +1,7 @@
 //! The doors of the proxies: TLS on the network, and the unix socket `control.sock`. Both lead to one gRPC server.
 
 use crate::Control;
-use crate::attest::{Line, Origin, Peer};
+use crate::attest::{self, Origin, Peer};
 use crate::seldom::Seldom;
 use crate::tls::Door;
 use std::future::Future;
@@ -13,11 +13,10 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
@@ -38,17 +37,17 @@ const PONG: Duration = Duration::from_secs(2);
 
 /// A connection of a proxy.
 pub(crate) struct Connection {
-    io: Io,
+    io: Box<dyn Line>,
     peer: Peer,
     /// When a stranger's connection is cut.
     end: Option<Pin<Box<Sleep>>>,
     _permit: OwnedSemaphorePermit,
 }
 
-enum Io {
-    Tls(Box<TlsStream<Watched<TcpStream>>>),
-    Unix(Watched<UnixStream>),
-}
+/// Bytes to a proxy and back.
+pub trait Line: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Line for T {}
 
 impl Connected for Connection {
     type ConnectInfo = Peer;
@@ -61,7 +60,7 @@ impl Connected for Connection {
 /// Notes when the other end closes or resets, as opposed to falling silent.
 struct Watched<S> {
     inner: S,
-    line: Arc<Line>,
+    line: Arc<attest::Line>,
 }
 
 impl<S> Drop for Watched<S> {
@@ -113,39 +112,29 @@ impl AsyncRead for Connection {
         if self.end.as_mut().is_some_and(|end| end.as_mut().poll(cx).is_ready()) {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
-        match &mut self.io {
-            Io::Tls(io) => Pin::new(io).poll_read(cx, buffer),
-            Io::Unix(io) => Pin::new(io).poll_read(cx, buffer),
-        }
+        Pin::new(&mut self.io).poll_read(cx, buffer)
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match &mut self.io {
-            Io::Tls(io) => Pin::new(io).poll_write(cx, bytes),
-            Io::Unix(io) => Pin::new(io).poll_write(cx, bytes),
-        }
+        Pin::new(&mut self.io).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.io {
-            Io::Tls(io) => Pin::new(io).poll_flush(cx),
-            Io::Unix(io) => Pin::new(io).poll_flush(cx),
-        }
+        Pin::new(&mut self.io).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.io {
-            Io::Tls(io) => Pin::new(io).poll_shutdown(cx),
-            Io::Unix(io) => Pin::new(io).poll_shutdown(cx),
-        }
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
 
 /// Where accepted connections go.
 #[derive(Clone)]
 pub(crate) struct Doorway {
+    acceptor: TlsAcceptor,
+    door: Arc<Door>,
     connections: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
     out: mpsc::Sender<io::Result<Connection>>,
@@ -154,10 +143,12 @@ pub(crate) struct Doorway {
 }
 
 /// A doorway, and the connections that came through it.
-pub(crate) fn doorway() -> (Doorway, ReceiverStream<io::Result<Connection>>) {
+pub(crate) fn doorway(acceptor: TlsAcceptor, door: Arc<Door>) -> (Doorway, ReceiverStream<io::Result<Connection>>) {
     // The server takes connections as fast as they come: a handful may wait.
     let (out, connections) = mpsc::channel(16);
     let doorway = Doorway {
+        acceptor,
+        door,
         connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
         handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
         out,
@@ -168,34 +159,73 @@ pub(crate) fn doorway() -> (Doorway, ReceiverStream<io::Result<Connection>>) {
 
 impl Doorway {
     /// Accepts proxies over TLS until the doorway closes.
-    pub(crate) async fn accept_tls(self, listener: TcpListener, acceptor: TlsAcceptor, door: Arc<Door>) {
+    pub(crate) async fn accept_tls(self, listener: TcpListener) {
         loop {
             let Ok(permit) = self.connections.clone().acquire_owned().await else { return };
             let Ok(handshake) = self.handshakes.clone().acquire_owned().await else { return };
             let Some((stream, address)) = accepted(listener.accept().await).await else { continue };
-            let (acceptor, door, out) = (acceptor.clone(), door.clone(), self.out.clone());
-            let failures = self.failures.clone();
+            if stream.set_nodelay(true).is_err() {
+                // It has gone already.
+                continue;
+            }
+            let doorway = self.clone();
             tokio::spawn(async move {
                 let _handshake = handshake;
-                match tokio::time::timeout(HANDSHAKE, greet(stream, address, acceptor, door)).await {
-                    Ok(Ok((io, peer))) => {
-                        let stranger = matches!(peer.origin, Origin::Remote { certificate: None });
-                        let end = stranger.then(|| Box::pin(tokio::time::sleep(STRANGER)));
-                        // Closed when the control plane stops.
-                        let _ = out.send(Ok(Connection { io, peer, end, _permit: permit })).await;
-                    }
-                    failed => {
-                        if let Some(left_out) = failures.admit() {
-                            let error = failed.err().map_or("it took longer than 10 s".to_owned(), |it| it.to_string());
-                            tracing::info!(%address, %error, left_out, "a proxy's handshake failed");
-                        }
-                    }
-                }
+                doorway.greet(stream, address, permit).await;
             });
             if self.out.is_closed() {
                 return;
             }
         }
+    }
+
+    /// Takes one that was accepted elsewhere.
+    pub(crate) async fn take_tls(&self, stream: impl Line + 'static, address: SocketAddr) {
+        let Ok(permit) = self.connections.clone().acquire_owned().await else { return };
+        let Ok(_handshake) = self.handshakes.clone().acquire_owned().await else { return };
+        self.greet(stream, address, permit).await;
+    }
+
+    /// Takes one of a user of this host.
+    pub(crate) async fn take_local(&self, stream: impl Line + 'static, uid: u32) {
+        let Ok(permit) = self.connections.clone().acquire_owned().await else { return };
+        self.admit_local(stream, uid, permit).await;
+    }
+
+    async fn admit_local(&self, stream: impl Line + 'static, uid: u32, permit: OwnedSemaphorePermit) {
+        let line = Arc::new(attest::Line::default());
+        let peer = Peer { origin: Origin::Local { uid }, address: None, line: line.clone() };
+        let io = Box::new(Watched { inner: stream, line });
+        // Closed when the control plane stops.
+        let _ = self.out.send(Ok(Connection { io, peer, end: None, _permit: permit })).await;
+    }
+
+    async fn greet(&self, stream: impl Line + 'static, address: SocketAddr, permit: OwnedSemaphorePermit) {
+        match tokio::time::timeout(HANDSHAKE, self.handshake(stream, address)).await {
+            Ok(Ok((io, peer))) => {
+                let stranger = matches!(peer.origin, Origin::Remote { certificate: None });
+                let end = stranger.then(|| Box::pin(tokio::time::sleep(STRANGER)));
+                // Closed when the control plane stops.
+                let _ = self.out.send(Ok(Connection { io, peer, end, _permit: permit })).await;
+            }
+            failed => {
+                if let Some(left_out) = self.failures.admit() {
+                    let error = match failed {
+                        Ok(Err(error)) => error.to_string(),
+                        Ok(Ok(_)) | Err(_) => "it took longer than 10 s".to_owned(),
+                    };
+                    tracing::info!(%address, %error, left_out, "a proxy's handshake failed");
+                }
+            }
+        }
+    }
+
+    async fn handshake(&self, stream: impl Line + 'static, address: SocketAddr) -> io::Result<(Box<dyn Line>, Peer)> {
+        let line = Arc::new(attest::Line::default());
+        let stream = self.acceptor.accept(Watched { inner: stream, line: line.clone() }).await?;
+        let certificate = self.door.peer(stream.get_ref().1.peer_certificates());
+        let peer = Peer { origin: Origin::Remote { certificate }, address: Some(address), line };
+        Ok((Box::new(stream), peer))
     }
 
     /// Accepts proxies of this host until the doorway closes.
@@ -204,10 +234,8 @@ impl Doorway {
             let Ok(permit) = self.connections.clone().acquire_owned().await else { return };
             let Some((stream, _)) = accepted(listener.accept().await).await else { continue };
             let Ok(credentials) = stream.peer_cred() else { continue };
-            let line = Arc::new(Line::default());
-            let peer = Peer { origin: Origin::Local { uid: credentials.uid() }, address: None, line: line.clone() };
-            let io = Io::Unix(Watched { inner: stream, line });
-            if self.out.send(Ok(Connection { io, peer, end: None, _permit: permit })).await.is_err() {
+            self.admit_local(stream, credentials.uid(), permit).await;
+            if self.out.is_closed() {
                 return;
             }
         }
@@ -224,20 +252,6 @@ pub(crate) async fn accepted<T>(result: io::Result<T>) -> Option<T> {
             None
         }
     }
-}
-
-async fn greet(
-    stream: TcpStream,
-    address: SocketAddr,
-    acceptor: TlsAcceptor,
-    door: Arc<Door>,
-) -> io::Result<(Io, Peer)> {
-    stream.set_nodelay(true)?;
-    let line = Arc::new(Line::default());
-    let stream = acceptor.accept(Watched { inner: stream, line: line.clone() }).await?;
-    let certificate = door.peer(stream.get_ref().1.peer_certificates());
-    let peer = Peer { origin: Origin::Remote { certificate }, address: Some(address), line };
-    Ok((Io::Tls(Box::new(stream)), peer))
 }
 
 /// Serves gRPC on all connections that come, until `stop`.

@@ -1,7 +1,8 @@
 //! What strangers can cause to be logged, within bounds: no flood of theirs fills a disk or hides what matters.
 
 use parking_lot::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// Lines a window: more than anybody reads, and not a megabyte an hour.
 const LINES: u32 = 60;

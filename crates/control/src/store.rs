@@ -13,6 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -148,9 +149,20 @@ pub struct Store {
     epoch: u64,
 }
 
+/// A disk that a test puts in the place of the state file: one that loses what was not flushed.
+pub trait Medium: std::fmt::Debug + Send + Sync {
+    /// Opens it, and makes what is missing.
+    ///
+    /// # Errors
+    /// When it fails.
+    fn open(&self) -> Result<Database, redb::DatabaseError>;
+}
+
 /// The file, and how it is doing.
 struct StateFile {
     path: PathBuf,
+    /// What is there instead of a file.
+    medium: Option<Arc<dyn Medium>>,
     /// None while it cannot be opened again after an error.
     db: RwLock<Option<Database>>,
     /// Why the last write failed.
@@ -173,7 +185,7 @@ impl StateFile {
     fn reopen(&self) -> Result<(), StoreError> {
         let mut db = self.db.write();
         *db = None;
-        *db = Some(patiently(|| open(&self.path, false))?);
+        *db = Some(open_on(self.medium.as_ref(), &self.path, false)?);
         Ok(())
     }
 }
@@ -184,38 +196,46 @@ impl Store {
     /// # Errors
     /// When another process has it open, when it is damaged, or when the directory cannot be used.
     pub fn open(directory: &Path) -> Result<Self, StoreError> {
+        Self::open_with(directory, None)
+    }
+
+    /// The same; on a medium in the file's place the writer is a task of this runtime instead of a thread, so that
+    /// simulated time rules it.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn open_with(directory: &Path, medium: Option<Arc<dyn Medium>>) -> Result<Self, StoreError> {
         let io = |path: &Path| {
             let path = path.to_owned();
             move |source| StoreError::Io { path, source }
         };
         crate::file::private_directory(directory).map_err(io(directory))?;
         let path = directory.join("sheer.redb");
-        let store = Self::start(path.clone(), patiently(|| open(&path, true))?);
-        let meta = |key: &str| store.read::<u64>(Table::Meta, key);
+        let db = RwLock::new(Some(open_on(medium.as_ref(), &path, true)?));
+        let (trouble, lost) = (Mutex::default(), AtomicBool::new(false));
+        let file = Arc::new(StateFile { path: path.clone(), medium, db, trouble, lost });
+        let meta = |key: &str| file.read(|transaction| read_of::<u64>(transaction, Table::Meta, key));
         let (format, revision, epoch) = (meta("format")?, meta("revision")?, meta("epoch")?);
         if let Some(found) = format.filter(|found| *found != u64::from(FORMAT)) {
             return Err(StoreError::Format { path, found: u32::try_from(found).unwrap_or(0), expected: FORMAT });
         }
-        store.revision.store(revision.unwrap_or(0), Ordering::Release);
+        let revision = Arc::new(AtomicU64::new(revision.unwrap_or(0)));
         let epoch = epoch.unwrap_or(1);
-        let store = Self { epoch, ..store };
+        let (jobs, waiting) = mpsc::channel(QUEUE);
+        let mut writer = Writer { file: file.clone(), revision: revision.clone(), waiting };
         if format.is_none() {
-            store.write_now(move |transaction| {
+            let (job, mut written) = job::<_, StoreError>(move |transaction| {
                 transaction.put(Table::Meta, "format", &u64::from(FORMAT))?;
                 transaction.put(Table::Meta, "epoch", &epoch)
-            })?;
+            });
+            writer.write(&mut vec![job]);
+            written.try_recv().map_err(|_| StoreError::Stopped)??;
         }
-        Ok(store)
-    }
-
-    fn start(path: PathBuf, db: Database) -> Self {
-        let db = RwLock::new(Some(db));
-        let file = Arc::new(StateFile { path, db, trouble: Mutex::default(), lost: AtomicBool::new(false) });
-        let revision = Arc::new(AtomicU64::new(0));
-        let (jobs, waiting) = mpsc::channel(QUEUE);
-        let writer = Writer { file: file.clone(), revision: revision.clone(), waiting };
-        std::thread::spawn(move || writer.run());
-        Self { file, jobs, revision, epoch: 1 }
+        match &file.medium {
+            None => drop(std::thread::spawn(move || writer.run())),
+            Some(_) => drop(tokio::spawn(writer.run_here())),
+        }
+        Ok(Self { file, jobs, revision, epoch })
     }
 
     /// Why the last write failed, while none has succeeded since.
@@ -243,15 +263,7 @@ impl Store {
     /// # Errors
     /// When the file cannot be read or the record is not of this type.
     pub fn read<T: DeserializeOwned>(&self, table: Table, key: &str) -> Result<Option<T>, StoreError> {
-        self.file.read(|transaction| {
-            let opened = match transaction.open_table(table.definition()) {
-                Ok(opened) => opened,
-                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
-                Err(error) => return Err(write_error(error)),
-            };
-            let found = opened.get(key).map_err(write_error)?;
-            found.map(|value| decode(table, key, value.value())).transpose()
-        })
+        self.file.read(|transaction| read_of(transaction, table, key))
     }
 
     /// All records of a table, ordered by key.
@@ -379,6 +391,20 @@ fn decode<T: DeserializeOwned>(table: Table, key: &str, value: &[u8]) -> Result<
     })
 }
 
+fn read_of<T: DeserializeOwned>(
+    transaction: &redb::ReadTransaction,
+    table: Table,
+    key: &str,
+) -> Result<Option<T>, StoreError> {
+    let opened = match transaction.open_table(table.definition()) {
+        Ok(opened) => opened,
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
+        Err(error) => return Err(write_error(error)),
+    };
+    let found = opened.get(key).map_err(write_error)?;
+    found.map(|value| decode(table, key, value.value())).transpose()
+}
+
 fn raw_of(transaction: &redb::ReadTransaction, table: Table) -> Result<Records, StoreError> {
     let opened = match transaction.open_table(table.definition()) {
         Ok(opened) => opened,
@@ -405,22 +431,30 @@ fn patiently(open: impl Fn() -> Result<Database, StoreError>) -> Result<Database
     }
 }
 
+/// Opens what the state is on; makes it where it is missing and that is allowed.
+fn open_on(medium: Option<&Arc<dyn Medium>>, path: &Path, create: bool) -> Result<Database, StoreError> {
+    match medium.cloned() {
+        None => patiently(|| open(path, create)),
+        Some(medium) => verified(path, move || medium.open()),
+    }
+}
+
 /// Opens the file; makes it where it is missing and that is allowed.
 fn open(path: &Path, create: bool) -> Result<Database, StoreError> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(create).truncate(false).mode(0o600);
     let file = options.open(path).map_err(|source| StoreError::Io { path: path.to_owned(), source })?;
-    open_verified(path, file)
+    verified(path, move || Database::builder().create_file(file))
 }
 
-/// Opens the file and verifies all of its checksums: a damaged file is refused before anything is served from it.
-fn open_verified(path: &Path, file: std::fs::File) -> Result<Database, StoreError> {
+/// Opens the state and verifies all of its checksums: a damaged file is refused before anything is served from it.
+fn verified(path: &Path, open: impl FnOnce() -> Result<Database, redb::DatabaseError>) -> Result<Database, StoreError> {
     let damaged = |reason: String| StoreError::Damaged { path: path.to_owned(), reason };
     // The library asserts what a damaged file can break; such a panic is a finding about the file, not about us.
-    let opened = std::panic::catch_unwind(move || {
-        let mut db = Database::builder().create_file(file)?;
+    let opened = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        let mut db = open()?;
         db.check_integrity().map(|sound| (db, sound))
-    });
+    }));
     match opened {
         Ok(Ok((db, sound))) => {
             if !sound {
@@ -489,20 +523,33 @@ impl Writer {
     fn run(mut self) {
         let mut jobs = Vec::new();
         while self.waiting.blocking_recv_many(&mut jobs, BATCH) > 0 {
-            let mut completions = Vec::with_capacity(jobs.len());
-            let committed = self.commit(&mut jobs, &mut completions);
-            self.note(committed.as_ref().err());
-            if let Err(reason) = &committed {
-                // Those for whom there was no transaction.
-                completions.extend(jobs.drain(..).map(|job| job(Err(reason))));
-                // So that others can read, and the next write finds a file to write to.
-                if let Err(error) = self.file.reopen() {
-                    tracing::debug!(%error, "the state file cannot be opened again yet");
-                }
+            self.write(&mut jobs);
+        }
+    }
+
+    /// The same as a task.
+    async fn run_here(mut self) {
+        let mut jobs = Vec::new();
+        while self.waiting.recv_many(&mut jobs, BATCH).await > 0 {
+            self.write(&mut jobs);
+        }
+    }
+
+    /// Writes what waits, in one transaction, and tells those who wait for it.
+    fn write(&mut self, jobs: &mut Vec<Job>) {
+        let mut completions = Vec::with_capacity(jobs.len());
+        let committed = self.commit(jobs, &mut completions);
+        self.note(committed.as_ref().err());
+        if let Err(reason) = &committed {
+            // Those for whom there was no transaction.
+            completions.extend(jobs.drain(..).map(|job| job(Err(reason))));
+            // So that others can read, and the next write finds a file to write to.
+            if let Err(error) = self.file.reopen() {
+                tracing::debug!(%error, "the state file cannot be opened again yet");
             }
-            for completion in completions {
-                completion(committed.clone());
-            }
+        }
+        for completion in completions {
+            completion(committed.clone());
         }
     }
 

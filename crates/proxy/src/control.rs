@@ -10,12 +10,15 @@ mod trust;
 
 pub use trust::Trust;
 
+use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tonic::transport::{Channel, Endpoint};
 
@@ -36,6 +39,44 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The largest message that is taken: an index of many thousand services in one response.
 pub(crate) const MAX_MESSAGE: usize = 64 << 20;
+
+/// Bytes to a control plane and back, before TLS.
+pub trait Line: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Line for T {}
+
+/// What the control thread has of the world outside: ways to control planes, and the time of day. It is the machine's,
+/// [`Machine`], unless a test puts a simulated one in its place.
+pub trait Outside: fmt::Debug + Send + Sync {
+    /// Opens a connection.
+    fn connect<'a>(&'a self, address: &'a Address) -> BoxFuture<'a, io::Result<Box<dyn Line>>>;
+
+    /// The wall clock, which may jump.
+    fn now(&self) -> SystemTime;
+}
+
+/// This machine's sockets and clock.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Machine;
+
+impl Outside for Machine {
+    fn connect<'a>(&'a self, address: &'a Address) -> BoxFuture<'a, io::Result<Box<dyn Line>>> {
+        Box::pin(async move {
+            match address {
+                Address::Unix(path) => Ok(Box::new(UnixStream::connect(path).await?) as Box<dyn Line>),
+                Address::Tcp(text) => {
+                    let stream = TcpStream::connect(text).await?;
+                    stream.set_nodelay(true)?;
+                    Ok(Box::new(stream) as Box<dyn Line>)
+                }
+            }
+        })
+    }
+
+    fn now(&self) -> SystemTime {
+        SystemTime::now()
+    }
+}
 
 /// Where a control plane is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -139,22 +180,21 @@ pub enum DialError {
 ///
 /// # Errors
 /// [`DialError`], in words for people.
-pub async fn dial(address: &Address, trust: Option<&Trust>) -> Result<Channel, DialError> {
+pub async fn dial(outside: &Arc<dyn Outside>, address: &Address, trust: Option<&Trust>) -> Result<Channel, DialError> {
     let unreachable = |source| DialError::Unreachable { address: address.clone(), source };
     let connect = async {
         match address {
-            Address::Unix(path) => match UnixStream::connect(path).await {
+            Address::Unix(_) => match outside.connect(address).await {
                 Ok(stream) => carry(stream).await.map_err(unreachable),
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                     Err(DialError::Forbidden { address: address.clone() })
                 }
                 Err(error) => Err(unreachable(error)),
             },
-            Address::Tcp(text) => {
+            Address::Tcp(_) => {
                 let trust = trust.ok_or_else(|| DialError::NoToken { address: address.clone() })?;
-                let stream = TcpStream::connect(text).await.map_err(unreachable)?;
-                stream.set_nodelay(true).map_err(unreachable)?;
-                let stream = trust.handshake(address, stream).await?;
+                let stream = outside.connect(address).await.map_err(unreachable)?;
+                let stream = trust.handshake(outside, address, stream).await?;
                 carry(stream).await.map_err(unreachable)
             }
         }
@@ -166,10 +206,7 @@ pub async fn dial(address: &Address, trust: Option<&Trust>) -> Result<Channel, D
 }
 
 /// HTTP/2 over a connection that is there already.
-async fn carry<S>(stream: S) -> io::Result<Channel>
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
-{
+async fn carry(stream: impl Line + 'static) -> io::Result<Channel> {
     let stream = Mutex::new(Some(TokioIo::new(stream)));
     // The channel would connect again by itself; who dials must know when a connection has ended.
     let once = tower::service_fn(move |_: http::Uri| {
@@ -204,9 +241,10 @@ mod tests {
     async fn what_is_wrong_with_a_socket_is_told_apart() {
         let directory = tempfile::tempdir().unwrap();
         let address = Address::Unix(directory.path().join("none.sock"));
-        let error = dial(&address, None).await.err().map(|it| it.to_string()).unwrap_or_default();
+        let machine: Arc<dyn Outside> = Arc::new(Machine);
+        let error = dial(&machine, &address, None).await.err().map(|it| it.to_string()).unwrap_or_default();
         assert!(error.contains("sheer up") && error.contains("none.sock"), "{error}");
         let address = Address::Tcp("127.0.0.1:1".into());
-        assert!(matches!(dial(&address, None).await, Err(DialError::NoToken { .. })));
+        assert!(matches!(dial(&machine, &address, None).await, Err(DialError::NoToken { .. })));
     }
 }

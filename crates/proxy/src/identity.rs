@@ -11,7 +11,7 @@ mod held;
 pub use held::Held;
 
 use crate::control::clients::identity_client::IdentityClient;
-use crate::control::{Address, DialError, Trust, dial};
+use crate::control::{Address, DialError, Outside, Trust, dial};
 use crate::metrics::Metrics;
 use crate::state::{Directory, IDENTITY, StateError};
 use crate::upstream::tls::{Credentials, TlsError};
@@ -24,7 +24,7 @@ use sheer_core::token::{JoinToken, TokenError};
 use sheer_core::wire::v1;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tonic::Code;
 
@@ -156,7 +156,7 @@ pub struct Keeper {
     trust: watch::Receiver<Option<v1::TrustBundle>>,
     renew: Arc<Notify>,
     metrics: Arc<Metrics>,
-    now: fn() -> SystemTime,
+    outside: Arc<dyn Outside>,
 }
 
 impl Keeper {
@@ -168,12 +168,12 @@ impl Keeper {
         published: Arc<ArcSwapOption<Credentials>>,
         trust: watch::Receiver<Option<v1::TrustBundle>>,
         metrics: Arc<Metrics>,
+        outside: Arc<dyn Outside>,
     ) -> Self {
         let (held, _) = watch::channel(None);
         let stored = Stored::default();
         let renew = Arc::new(Notify::new());
-        let mut keeper =
-            Self { wanted, directory, stored, held, published, trust, renew, metrics, now: SystemTime::now };
+        let mut keeper = Self { wanted, directory, stored, held, published, trust, renew, metrics, outside };
         keeper.load();
         keeper
     }
@@ -192,11 +192,11 @@ impl Keeper {
     /// what was received and not stored is asked for again with the same key.
     pub async fn run(mut self) -> IdentityError {
         let mut failures = 0;
-        let mut next = (self.now)();
+        let mut next = self.outside.now();
         let mut before = next;
         let mut wanted = false;
         loop {
-            let now = (self.now)();
+            let now = self.outside.now();
             let jumped = now.duration_since(before).map_or(true, |passed| passed > 5 * TICK);
             before = now;
             if jumped {
@@ -223,7 +223,7 @@ impl Keeper {
                     }
                 }
             }
-            let wait = next.duration_since((self.now)()).map_or(TICK, |left| left.min(TICK));
+            let wait = next.duration_since(self.outside.now()).map_or(TICK, |left| left.min(TICK));
             // Both arms may be dropped: a sleep holds nothing, and receiving is cancel safe.
             tokio::select! {
                 () = tokio::time::sleep(wait.max(Duration::from_millis(10))) => {}
@@ -291,10 +291,7 @@ impl Keeper {
     }
 
     async fn save(&self) {
-        let (directory, content) = (self.directory.clone(), self.stored.encode_to_vec());
-        // Flushing to a disk may take long, and this thread also answers DNS.
-        let saved = tokio::task::spawn_blocking(move || directory.save(IDENTITY, &content)).await;
-        if let Ok(Err(error)) = saved {
+        if let Err(error) = self.directory.keep(IDENTITY, self.stored.encode_to_vec()).await {
             warn_unsaved(&error);
         }
     }
@@ -366,7 +363,7 @@ impl Keeper {
     }
 
     async fn ask(&mut self, address: &Address, trust: Option<&Trust>, token: String) -> Result<(), IdentityError> {
-        let channel = dial(address, trust).await?;
+        let channel = dial(&self.outside, address, trust).await?;
         let key = KeyPair::try_from(self.stored.key.as_slice())?;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
@@ -409,7 +406,7 @@ impl Keeper {
                 asked: format!("ns/{}/sa/{}", wanted.namespace, wanted.service_account),
             });
         }
-        if !held.holds_at((self.now)()) {
+        if !held.holds_at(self.outside.now()) {
             return Err(IdentityError::Clock { address: address.clone() });
         }
         self.publish(stored).map_err(wrong)?;

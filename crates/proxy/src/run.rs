@@ -6,7 +6,7 @@
 use crate::admin::Inspection;
 use crate::capture::listening::Ports;
 use crate::capture::netns::SocketSource;
-use crate::control::{Address, AddressError};
+use crate::control::{Address, AddressError, Machine, Outside};
 use crate::dns::{Server, Zone};
 use crate::drain::{self, Phase};
 use crate::h1::Namespaces;
@@ -433,7 +433,9 @@ impl OwnHalf {
             token_file: plan.join_token_file.clone(),
         };
         let trust = outputs.trust.subscribe();
-        let keeper = Keeper::new(wanted, directory.clone(), credentials.clone(), trust, metrics.clone());
+        let outside: Arc<dyn Outside> = Arc::new(Machine);
+        let keeper =
+            Keeper::new(wanted, directory.clone(), credentials.clone(), trust, metrics.clone(), outside.clone());
         let (demand, demands) = Demand::channel();
         let tables = sockets.tables().map_err(system("read which ports listen"))?;
         // A workload that was served until now is as well as it was: it does not leave its service for a moment.
@@ -458,6 +460,7 @@ impl OwnHalf {
             demands,
             outputs: outputs.clone(),
             directory,
+            outside,
         });
         let (ready, standing) = (sync.ready(), sync.standing());
         let (signal, drain) = drain::channel();

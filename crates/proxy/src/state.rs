@@ -8,10 +8,12 @@
 use prost::Message;
 use sha2::{Digest, Sha256};
 use sheer_core::wire::discovery;
-use std::fs::{File, OpenOptions};
+use std::fmt::Debug;
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// File name of the key, certificate and trust.
 pub const IDENTITY: &str = "identity";
@@ -55,9 +57,80 @@ pub enum StateError {
     },
 }
 
+/// What a state directory asks of a file system, in steps between which the power may fail. It is the machine's, [`Disk`],
+/// unless a test puts one in its place that loses what was not flushed.
+pub trait Files: Debug + Send + Sync {
+    /// Makes a directory (0700) with its parents, where it is missing.
+    fn make(&self, directory: &Path) -> io::Result<()>;
+
+    /// The files in a directory.
+    fn list(&self, directory: &Path) -> io::Result<Vec<PathBuf>>;
+
+    /// The first `limit` bytes of a file.
+    fn read(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>>;
+
+    /// Writes a file (0600) anew.
+    fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;
+
+    /// Brings a file, or the names in a directory, to the disk.
+    fn flush(&self, path: &Path) -> io::Result<()>;
+
+    /// Gives a file the place of another.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Removes a file.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// Whether these may take long, so that nothing else may wait for them.
+    fn may_take_long(&self) -> bool;
+}
+
+/// This machine's file system.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Disk;
+
+impl Files for Disk {
+    fn make(&self, directory: &Path) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(directory)
+    }
+
+    fn list(&self, directory: &Path) -> io::Result<Vec<PathBuf>> {
+        std::fs::read_dir(directory)?.map(|entry| entry.map(|it| it.path())).collect()
+    }
+
+    fn read(&self, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        File::open(path)?.take(limit).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?.write_all(bytes)
+    }
+
+    fn flush(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        std::fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
+    }
+
+    fn may_take_long(&self) -> bool {
+        true
+    }
+}
+
 /// The state directory of one proxy.
 #[derive(Clone, Debug)]
-pub struct Directory(PathBuf);
+pub struct Directory {
+    path: PathBuf,
+    files: Arc<dyn Files>,
+}
 
 impl Directory {
     /// The directory at this path, made (0700) when it is not there.
@@ -65,10 +138,17 @@ impl Directory {
     /// # Errors
     /// When it cannot be made.
     pub fn open(path: &Path) -> Result<Self, StateError> {
-        use std::os::unix::fs::DirBuilderExt;
-        match std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path) {
+        Self::on(Arc::new(Disk), path)
+    }
+
+    /// The same on another file system.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn on(files: Arc<dyn Files>, path: &Path) -> Result<Self, StateError> {
+        match files.make(path) {
             Ok(()) => {
-                let directory = Self(path.to_owned());
+                let directory = Self { path: path.to_owned(), files };
                 directory.sweep();
                 Ok(directory)
             }
@@ -78,13 +158,13 @@ impl Directory {
 
     /// Removes what proxies that were killed had half written.
     fn sweep(&self) {
-        for entry in std::fs::read_dir(&self.0).into_iter().flatten().flatten() {
-            let name = entry.file_name();
-            let writer = name.to_str().filter(|it| it.starts_with('.')).and_then(|it| it.rsplit_once(".new-"));
+        for path in self.files.list(&self.path).into_iter().flatten() {
+            let name = path.file_name().and_then(|it| it.to_str());
+            let writer = name.filter(|it| it.starts_with('.')).and_then(|it| it.rsplit_once(".new-"));
             let writer = writer.and_then(|(_, pid)| pid.parse::<u32>().ok());
             if writer.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
                 // It takes room, and that is all it does.
-                let _ = std::fs::remove_file(entry.path());
+                let _ = self.files.remove(&path);
             }
         }
     }
@@ -94,14 +174,8 @@ impl Directory {
     /// # Errors
     /// When it cannot be read or is damaged.
     pub fn load(&self, name: &str) -> Result<Option<Vec<u8>>, StateError> {
-        let path = self.0.join(name);
-        let read = || -> io::Result<Vec<u8>> {
-            let file = File::open(&path)?;
-            let mut bytes = Vec::new();
-            file.take(MAX_BYTES).read_to_end(&mut bytes)?;
-            Ok(bytes)
-        };
-        match read() {
+        let path = self.path.join(name);
+        match self.files.read(&path, MAX_BYTES) {
             Ok(bytes) => match unseal(&bytes) {
                 Ok(content) => Ok(Some(content.to_vec())),
                 Err(what) => Err(StateError::Damaged { path, what }),
@@ -116,19 +190,34 @@ impl Directory {
     /// # Errors
     /// When it cannot be written; the old content is then still there.
     pub fn save(&self, name: &str, content: &[u8]) -> Result<(), StateError> {
-        let path = self.0.join(name);
+        let path = self.path.join(name);
         // While one proxy takes another's place both may write.
-        let beside = self.0.join(format!(".{name}.new-{}", std::process::id()));
+        let beside = self.path.join(format!(".{name}.new-{}", std::process::id()));
         let write = || {
-            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
-            file.write_all(&seal(content))?;
-            file.sync_all()?;
-            std::fs::rename(&beside, &path)?;
-            File::open(&self.0)?.sync_all()
+            self.files.write(&beside, &seal(content))?;
+            self.files.flush(&beside)?;
+            self.files.rename(&beside, &path)?;
+            self.files.flush(&self.path)
         };
         write().map_err(|source| {
-            let _ = std::fs::remove_file(&beside);
+            let _ = self.files.remove(&beside);
             StateError::Write { path, source }
+        })
+    }
+
+    /// [`Directory::save`] beside other work of this thread, which also answers DNS: flushing to a disk may take long.
+    ///
+    /// # Errors
+    /// The same.
+    pub async fn keep(&self, name: &'static str, content: Vec<u8>) -> Result<(), StateError> {
+        if !self.files.may_take_long() {
+            return self.save(name, &content);
+        }
+        let directory = self.clone();
+        let saved = tokio::task::spawn_blocking(move || directory.save(name, &content)).await;
+        // It only fails where the runtime ends before it has begun.
+        saved.unwrap_or_else(|error| {
+            Err(StateError::Write { path: self.path.join(name), source: io::Error::other(error) })
         })
     }
 }
@@ -221,9 +310,9 @@ mod tests {
         directory.save("x", b"two").unwrap();
         assert_eq!(directory.load("x").unwrap().as_deref(), Some(&b"two"[..]));
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!(mode(&directory.0.join("x")), 0o600);
-        assert_eq!(mode(&directory.0), 0o700);
-        assert_eq!(std::fs::read_dir(&directory.0).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(mode(&directory.path.join("x")), 0o600);
+        assert_eq!(mode(&directory.path), 0o700);
+        assert_eq!(std::fs::read_dir(&directory.path).unwrap().count(), 1, "nothing is left beside it");
     }
 
     #[test]
@@ -247,7 +336,7 @@ mod tests {
         assert!(Configuration::load(&directory).is_none());
         directory.save(CONFIGURATION, b"\xff\xff").unwrap();
         assert!(Configuration::load(&directory).is_none());
-        std::fs::write(directory.0.join(CONFIGURATION), b"junk").unwrap();
+        std::fs::write(directory.path.join(CONFIGURATION), b"junk").unwrap();
         assert!(Configuration::load(&directory).is_none());
         let kept = Configuration {
             resources: vec![discovery::Resource { name: "n".into(), ..Default::default() }],
@@ -263,7 +352,7 @@ mod tests {
         let (_guard, directory) = directory();
         directory.save("x", b"one").unwrap();
         // A directory in the way of the temporary file stands for a full disk.
-        std::fs::create_dir(directory.0.join(format!(".x.new-{}", std::process::id()))).unwrap();
+        std::fs::create_dir(directory.path.join(format!(".x.new-{}", std::process::id()))).unwrap();
         let error = directory.save("x", b"two").unwrap_err().to_string();
         assert!(error.contains("cannot write"), "{error}");
         assert_eq!(directory.load("x").unwrap().as_deref(), Some(&b"one"[..]));
@@ -273,9 +362,9 @@ mod tests {
     fn what_a_killed_proxy_had_half_written_is_removed() {
         let (_guard, directory) = directory();
         let (dead, living) =
-            (directory.0.join(".x.new-4194305"), directory.0.join(format!(".x.new-{}", std::process::id())));
+            (directory.path.join(".x.new-4194305"), directory.path.join(format!(".x.new-{}", std::process::id())));
         [&dead, &living].into_iter().for_each(|path| std::fs::write(path, "half").unwrap());
-        Directory::open(&directory.0).unwrap();
+        Directory::open(&directory.path).unwrap();
         assert!(!dead.exists(), "no process has this number");
         assert!(living.exists(), "it may be about to be renamed");
     }

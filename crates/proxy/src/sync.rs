@@ -21,7 +21,7 @@ pub use demand::{Demand, Demands};
 pub use fleet::{Leaving, Standing};
 pub use view::Outputs;
 
-use crate::control::{Address, DialError, dial};
+use crate::control::{Address, DialError, Outside, dial};
 use crate::identity::Held;
 use crate::metrics::Metrics;
 use crate::state::{CONFIGURATION, Configuration, Directory};
@@ -89,6 +89,8 @@ pub struct Setup {
     pub outputs: Outputs,
     /// Where the last good configuration is kept.
     pub directory: Directory,
+    /// How control planes are reached.
+    pub outside: Arc<dyn Outside>,
 }
 
 /// The synchronisation. See the module.
@@ -103,6 +105,7 @@ pub struct Sync {
     fleet: Fleet,
     metrics: Arc<Metrics>,
     readiness: Readiness,
+    outside: Arc<dyn Outside>,
 }
 
 /// Why a stream ended.
@@ -184,6 +187,7 @@ impl Sync {
             saver: Saver::new(setup.directory, fleet.pace.subscribe(), fleet.leaving.clone()),
             fleet,
             metrics,
+            outside: setup.outside,
         }
     }
 
@@ -309,11 +313,11 @@ impl Sync {
         let known = held.control().iter().filter_map(|text| Address::parse(text).ok());
         let mut addresses = self.control.clone();
         addresses.extend(known);
-        let trust = held.trust();
+        let (trust, outside) = (held.trust(), self.outside.clone());
         let dialling = async {
             let mut last = None;
             for address in addresses {
-                match dial(&address, Some(&trust)).await {
+                match dial(&outside, &address, Some(&trust)).await {
                     Ok(channel) => return Ok((address, channel)),
                     // That another one answers is more than that nobody does.
                     Err(_) if matches!(last, Some(DialError::Untrusted { .. })) => {}
@@ -483,8 +487,8 @@ impl Saver {
         }
         let content = Configuration { return_within_ms: *self.pace.borrow(), ..view.configuration() };
         let (directory, content) = (self.directory.clone(), content.encode_to_vec());
-        self.writing = Some(tokio::task::spawn_blocking(move || {
-            if let Err(error) = directory.save(CONFIGURATION, &content) {
+        self.writing = Some(tokio::spawn(async move {
+            if let Err(error) = directory.keep(CONFIGURATION, content).await {
                 tracing::warn!("{error}; the proxy goes on, and would need the control plane after a restart");
             }
         }));

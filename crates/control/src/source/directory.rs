@@ -15,8 +15,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 const QUIET: Duration = Duration::from_millis(100);
 const AT_MOST: Duration = Duration::from_millis(500);
@@ -69,29 +70,44 @@ impl Directory {
 
     /// The same, and keeps what came into force in this file.
     pub fn keeping(path: &Path, kept: Option<PathBuf>) -> Arc<Self> {
+        Self::follow_with(Self::watching, path, kept)
+    }
+
+    /// The same without the kernel's notices, which arrive on a thread of their own.
+    pub fn looking(path: &Path, kept: Option<PathBuf>) -> Arc<Self> {
+        Self::follow_with(|_| None, path, kept)
+    }
+
+    fn follow_with(
+        watch: impl FnOnce(Arc<Notify>) -> Option<notify::RecommendedWatcher>,
+        path: &Path,
+        kept: Option<PathBuf>,
+    ) -> Arc<Self> {
         let changed = Arc::new(Notify::new());
-        let wake = changed.clone();
+        Arc::new(Self {
+            path: path.to_owned(),
+            changed: changed.clone(),
+            status: Mutex::default(),
+            seen: Mutex::default(),
+            kept,
+            unkept: AtomicBool::new(false),
+            _watcher: Mutex::new(watch(changed)),
+        })
+    }
+
+    fn watching(changed: Arc<Notify>) -> Option<notify::RecommendedWatcher> {
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             if event.map_or(true, |event| is_change(&event.kind)) {
-                wake.notify_one();
+                changed.notify_one();
             }
         });
-        let watcher = match watcher {
+        match watcher {
             Ok(watcher) => Some(watcher),
             Err(error) => {
                 tracing::warn!(%error, "the configuration directory is looked at every 2 s instead of being watched");
                 None
             }
-        };
-        Arc::new(Self {
-            path: path.to_owned(),
-            changed,
-            status: Mutex::default(),
-            seen: Mutex::default(),
-            kept,
-            unkept: AtomicBool::new(false),
-            _watcher: Mutex::new(watcher),
-        })
+        }
     }
 
     /// The directory.

@@ -1,15 +1,15 @@
 //! TLS to a control plane: who is believed to be one, and as whom the proxy comes.
 
-use super::{Address, DialError};
+use super::{Address, DialError, Line, Outside};
 use crate::certificate::{Presented, Rule, Verifier, refused};
 use rustls::crypto::aws_lc_rs;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use rustls::time_provider::TimeProvider;
 use rustls::{CertificateError, ClientConfig};
 use sha2::{Digest, Sha256};
 use std::io;
 use std::sync::Arc;
-use std::time::SystemTime;
-use tokio::net::TcpStream;
+use std::time::{SystemTime, UNIX_EPOCH};
 use tokio_rustls::client::TlsStream;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
@@ -40,15 +40,16 @@ pub enum Trust {
 impl Trust {
     pub(super) async fn handshake(
         &self,
+        outside: &Arc<dyn Outside>,
         address: &Address,
-        stream: TcpStream,
-    ) -> Result<TlsStream<TcpStream>, DialError> {
-        let (config, name) = self.config().map_err(DialError::Own)?;
+        stream: Box<dyn Line>,
+    ) -> Result<TlsStream<Box<dyn Line>>, DialError> {
+        let (config, name) = self.config(outside.clone()).map_err(DialError::Own)?;
         let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-        connector.connect(name, stream).await.map_err(|error| explain(address, error))
+        connector.connect(name, stream).await.map_err(|error| explain(address, outside.now(), error))
     }
 
-    fn config(&self) -> Result<(ClientConfig, ServerName<'static>), rustls::Error> {
+    fn config(&self, outside: Arc<dyn Outside>) -> Result<(ClientConfig, ServerName<'static>), rustls::Error> {
         let provider = Arc::new(aws_lc_rs::default_provider());
         let name = match self {
             Trust::Pin(_) => FIRST_CONTACT.to_owned(),
@@ -57,7 +58,7 @@ impl Trust {
         let name =
             ServerName::try_from(name).map_err(|_| rustls::Error::General("the trust domain is no name".into()))?;
         let verifier = Arc::new(Verifier::new(self.clone(), &provider));
-        let builder = ClientConfig::builder_with_provider(provider)
+        let builder = ClientConfig::builder_with_details(provider, Arc::new(TimeOfDay(outside)))
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
             .with_custom_certificate_verifier(verifier);
@@ -82,7 +83,17 @@ impl std::fmt::Debug for Trust {
     }
 }
 
-fn explain(address: &Address, error: io::Error) -> DialError {
+/// The time by which certificates are judged.
+#[derive(Debug)]
+struct TimeOfDay(Arc<dyn Outside>);
+
+impl TimeProvider for TimeOfDay {
+    fn current_time(&self) -> Option<UnixTime> {
+        self.0.now().duration_since(UNIX_EPOCH).ok().map(UnixTime::since_unix_epoch)
+    }
+}
+
+fn explain(address: &Address, now: SystemTime, error: io::Error) -> DialError {
     let address = address.clone();
     match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
         Some(rustls::Error::InvalidCertificate(
@@ -90,15 +101,15 @@ fn explain(address: &Address, error: io::Error) -> DialError {
             | CertificateError::ExpiredContext { .. }
             | CertificateError::NotValidYet
             | CertificateError::NotValidYetContext { .. },
-        )) => DialError::Clock { address, now: now_text() },
+        )) => DialError::Clock { address, now: text_of(now) },
         Some(tls) => DialError::Untrusted { address, reason: tls.to_string() },
         None => DialError::Unreachable { address, source: error },
     }
 }
 
-fn now_text() -> String {
+fn text_of(time: SystemTime) -> String {
     let format = time::format_description::well_known::Rfc3339;
-    time::OffsetDateTime::from(SystemTime::now()).format(&format).unwrap_or_default()
+    time::OffsetDateTime::from(time).format(&format).unwrap_or_default()
 }
 
 /// Recognises a control plane: its chain ends in a root that is trusted, and its certificate names a control plane.

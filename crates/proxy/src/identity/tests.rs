@@ -1,6 +1,23 @@
 use super::*;
 use crate::control::fake::Fake;
+use crate::control::{Line, Machine};
+use futures::future::BoxFuture;
 use std::path::Path;
+use std::time::SystemTime;
+
+/// A machine whose clock is this much ahead.
+#[derive(Debug)]
+struct Later(Duration);
+
+impl Outside for Later {
+    fn connect<'a>(&'a self, address: &'a Address) -> BoxFuture<'a, std::io::Result<Box<dyn Line>>> {
+        Machine.connect(address)
+    }
+
+    fn now(&self) -> SystemTime {
+        Machine.now() + self.0
+    }
+}
 
 struct Scene {
     directory: tempfile::TempDir,
@@ -33,7 +50,14 @@ impl Scene {
             token_file: None,
         };
         let directory = Directory::open(&self.directory.path().join("state")).unwrap();
-        Keeper::new(wanted, directory, self.published.clone(), self.trust.subscribe(), Arc::default())
+        Keeper::new(
+            wanted,
+            directory,
+            self.published.clone(),
+            self.trust.subscribe(),
+            Arc::default(),
+            Arc::new(Machine),
+        )
     }
 
     fn certified(&self) -> usize {
@@ -122,7 +146,7 @@ async fn an_ended_certificate_is_renewed_at_once_after_a_sleep() {
     scene.fake.script.lock().lifetime = Duration::from_secs(3 * 86_400);
     let (_, _running) = scene.fake.serve(&scene.socket());
     let mut keeper = scene.keeper();
-    keeper.now = || SystemTime::now() + Duration::from_secs(36 * 3600);
+    keeper.outside = Arc::new(Later(Duration::from_secs(36 * 3600)));
     let held = keeper.held();
     assert!(held.borrow().as_ref().is_some_and(|it| !it.holds_at(SystemTime::now() + Duration::from_secs(36 * 3600))));
     let task = tokio::spawn(keeper.run());

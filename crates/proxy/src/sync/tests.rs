@@ -1,4 +1,5 @@
 use super::*;
+use crate::control::Machine;
 use crate::control::fake::{Fake, Running};
 use crate::dns::zone::Lookup;
 use crate::identity::{Keeper, Wanted};
@@ -77,7 +78,9 @@ impl Scene {
             control: vec![Address::Unix(self.socket())],
             token_file: None,
         };
-        let keeper = Keeper::new(wanted.clone(), directory.clone(), Arc::default(), outputs.trust.subscribe(), metrics);
+        let outside: Arc<dyn Outside> = Arc::new(Machine);
+        let trust = outputs.trust.subscribe();
+        let keeper = Keeper::new(wanted.clone(), directory.clone(), Arc::default(), trust, metrics, outside.clone());
         let (demand, demands) = Demand::channel();
         let (ports, ready_ports) = watch::channel(BTreeSet::new());
         let (leaving, leaving_receiver) = watch::channel(Leaving::No);
@@ -98,6 +101,7 @@ impl Scene {
             demands,
             outputs: outputs.clone(),
             directory,
+            outside,
         });
         let ready = sync.ready();
         let keeper = tokio::spawn(async move { drop(keeper.run().await) });
