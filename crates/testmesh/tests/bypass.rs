@@ -5,7 +5,7 @@
 use anyhow::{Context, Result, ensure};
 use arc_swap::ArcSwapOption;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, SupportedProtocolVersion, version};
-use sheer_proxy::control::Address;
+use sheer_proxy::control::{Address, Machine};
 use sheer_proxy::identity::{Keeper, Wanted};
 use sheer_proxy::state::Directory;
 use sheer_proxy::upstream::tls::{Carried, Credentials};
@@ -243,7 +243,7 @@ fn enrol(host: &Host, control: &Control<'_>, account: &str, state: &Path) -> Res
     let directory = Directory::open(state)?;
     let published = Arc::new(ArcSwapOption::empty());
     let (_trust, announced) = tokio::sync::watch::channel(None);
-    let keeper = Keeper::new(wanted, directory, published.clone(), announced, Arc::default());
+    let keeper = Keeper::new(wanted, directory, published.clone(), announced, Arc::default(), Arc::new(Machine));
     host.inside(|| {
         runtime()?.block_on(async {
             let mut held = keeper.held();

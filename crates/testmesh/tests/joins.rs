@@ -8,7 +8,7 @@ use sheer_core::api::TokenRequest;
 use sheer_core::name::DnsLabel;
 use sheer_core::snapshot::Snapshot;
 use sheer_core::wire::v1;
-use sheer_proxy::control::Address;
+use sheer_proxy::control::{Address, Machine};
 use sheer_proxy::identity::{IdentityError, Keeper, Wanted};
 use sheer_proxy::state::Directory;
 use sheer_proxy::sync::{Demand, Leaving, Outputs, Setup, Standing, Sync};
@@ -79,7 +79,7 @@ impl Simulated {
         };
         let trust = outputs.trust.subscribe();
         let (control, metrics) = (wanted.control.clone(), outputs.metrics.clone());
-        let keeper = Keeper::new(wanted, directory.clone(), Arc::default(), trust, metrics);
+        let keeper = Keeper::new(wanted, directory.clone(), Arc::default(), trust, metrics, Arc::new(Machine));
         let (_demand, demands) = Demand::channel();
         let (_ports, ready_ports) = watch::channel(BTreeSet::new());
         let (_leave, leaving) = watch::channel(Leaving::No);
@@ -95,6 +95,7 @@ impl Simulated {
             demands,
             outputs,
             directory,
+            outside: Arc::new(Machine),
         });
         let mut standing = sync.standing();
         let noted = async {
@@ -247,7 +248,8 @@ const SECOND: Duration = Duration::from_secs(1);
 
 fn keeper(wanted: &Wanted, state: &Path) -> Result<Keeper> {
     let trust = watch::channel(None).1;
-    Ok(Keeper::new(wanted.clone(), Directory::open(state)?, Arc::default(), trust, Arc::default()))
+    let directory = Directory::open(state)?;
+    Ok(Keeper::new(wanted.clone(), directory, Arc::default(), trust, Arc::default(), Arc::new(Machine)))
 }
 
 /// Which way of a connection breaks.
