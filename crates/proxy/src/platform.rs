@@ -2,6 +2,9 @@
 //! first steps of a child. The only unsafe code of Sheer; each block says why it is sound.
 #![allow(unsafe_code)]
 
+#[cfg(feature = "count-allocations")]
+pub mod allocations;
+
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::SocketAddr;

@@ -21,8 +21,14 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 // glibc's allocator holds on to the memory of bursts; a proxy lives for months.
+#[cfg(not(feature = "count-allocations"))]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[cfg(feature = "count-allocations")]
+#[global_allocator]
+static ALLOCATOR: sheer_proxy::platform::allocations::Counting<mimalloc::MiMalloc> =
+    sheer_proxy::platform::allocations::Counting(mimalloc::MiMalloc);
 
 fn main() -> ExitCode {
     let argv: Vec<OsString> = std::env::args_os().collect();

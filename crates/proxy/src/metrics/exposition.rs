@@ -79,7 +79,20 @@ impl Metrics {
             let labels = format!("answer=\"{}\"", how.as_str());
             sample(text, "sheer_dns_questions_total", &labels, self.dns[*how as usize].load(Relaxed));
         }
+        #[cfg(feature = "count-allocations")]
+        write_allocations(text);
     }
+}
+
+#[cfg(feature = "count-allocations")]
+fn write_allocations(text: &mut String) {
+    let counted = crate::platform::allocations::counted();
+    head(text, "sheer_allocations_total", "counter", "Times that memory was asked for, all threads.");
+    sample(text, "sheer_allocations_total", "", counted.times);
+    head(text, "sheer_allocated_bytes_total", "counter", "Bytes that were asked for.");
+    sample(text, "sheer_allocated_bytes_total", "", counted.allocated_bytes);
+    head(text, "sheer_freed_bytes_total", "counter", "Bytes that were given back.");
+    sample(text, "sheer_freed_bytes_total", "", counted.freed_bytes);
 }
 
 fn write_traffic(text: &mut String, edges: &[(EdgeKey, Arc<Edge>)]) {
