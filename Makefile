@@ -108,12 +108,23 @@ guards: ## Switch safeguards off one at a time: a test must notice each (about 2
 # Results are the release build's; PROFILE=quick for a working tree.
 PROFILE ?= release
 
-.PHONY: bench
-bench: ## Measure Sheer beside Envoy, HAProxy and nginx (see bench/README.md)
+.PHONY: bench-tools
+bench-tools:
 	@scripts/packages bench
-	$(CARGO) build --locked --profile $(PROFILE) -p sheer
 	$(CARGO) build --locked --release --manifest-path bench/tools/Cargo.toml --target-dir bench/tools/target
-	@ENVOY=$$(scripts/envoy $(TARGET)) SHEER=$(TARGET)/$(PROFILE)/sheer python3 bench/run.py $(ARGS)
+
+# Optimisation hardly changes what is allocated, so the build that counts is the quick one, kept under another name.
+.PHONY: bench
+bench: bench-tools ## Measure Sheer beside Envoy, HAProxy and nginx (see bench/README.md; about 15 minutes)
+	$(CARGO) build --locked --profile quick -p sheer --features count-allocations
+	@cp $(TARGET)/quick/sheer $(TARGET)/quick/sheer-counting
+	$(CARGO) build --locked --profile $(PROFILE) -p sheer
+	@ENVOY=$$(scripts/envoy $(TARGET)) SHEER=$(TARGET)/$(PROFILE)/sheer COUNTING=$(TARGET)/quick/sheer-counting python3 bench/run.py $(ARGS)
+
+.PHONY: soak
+soak: bench-tools ## Carry load over the mesh path for 30 minutes: does anything grow? (writes bench/SOAK.md)
+	$(CARGO) build --locked --profile $(PROFILE) -p sheer
+	@SHEER=$(TARGET)/$(PROFILE)/sheer python3 bench/soak.py --write $(ARGS)
 
 # What the comparisons need of PyPI, below target/: parsers written by others, HPACK, a WebSocket server.
 FRAMING := $(TARGET)/framing

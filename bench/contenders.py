@@ -11,6 +11,7 @@ from pathlib import Path
 
 FRONT, MIDDLE = 10010, 10011  # the port the load goes to; the port between two proxies
 BACKENDS = {"h1": 9000, "h2": 9001, "tcp": 9002}
+BACKEND_PROGRAMS = {"h1": ["http1-backend"], "h2": ["http2-backend"], "tcp": ["bytes", "serve"]}
 TOOLS = Path(__file__).parent / "tools" / "target" / "release"
 
 

@@ -46,7 +46,9 @@ async fn load(port: u16, seconds: u64, connections: u64) -> std::io::Result<()> 
             let mut stream = TcpStream::connect(("127.0.0.1", port)).await.expect("the port is open");
             if number % 2 == 0 {
                 stream.write_u8(b'D').await.expect("the connection is open");
-                let _ = tokio::time::timeout_at(end.into(), receive(&mut stream, |count| moved.set(moved.get() + count))).await;
+                let _ =
+                    tokio::time::timeout_at(end.into(), receive(&mut stream, |count| moved.set(moved.get() + count)))
+                        .await;
             } else {
                 stream.write_u8(b'U').await.expect("the connection is open");
                 moved.set(moved.get() + count_sent(&mut stream, end).await);
