@@ -25,11 +25,7 @@ pub struct Counted {
 
 /// What was counted so far.
 pub fn counted() -> Counted {
-    Counted {
-        times: TIMES.load(Relaxed),
-        allocated_bytes: ALLOCATED.load(Relaxed),
-        freed_bytes: FREED.load(Relaxed),
-    }
+    Counted { times: TIMES.load(Relaxed), allocated_bytes: ALLOCATED.load(Relaxed), freed_bytes: FREED.load(Relaxed) }
 }
 
 fn count(allocated: usize, freed: usize) {
