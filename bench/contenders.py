@@ -90,9 +90,9 @@ def nginx(case, work):
         home.mkdir(exist_ok=True)
         flags = (" ssl" if tls_in else "") + (" http2" if case.protocol == "h2" else "")
         incoming = f"""ssl_certificate {certificates}/leaf.pem; ssl_certificate_key {certificates}/leaf.key;
-      ssl_client_certificate {certificates}/ca.pem; ssl_verify_client on; ssl_protocols TLSv1.3;""" if tls_in else ""
+      ssl_client_certificate {certificates}/ca.pem; ssl_verify_client on; ssl_verify_depth 2; ssl_protocols TLSv1.3;""" if tls_in else ""
         outgoing = f"""{pre}_ssl_certificate {certificates}/leaf.pem; {pre}_ssl_certificate_key {certificates}/leaf.key;
-      {pre}_ssl_trusted_certificate {certificates}/ca.pem; {pre}_ssl_verify on; {pre}_ssl_name mesh.local;
+      {pre}_ssl_trusted_certificate {certificates}/ca.pem; {pre}_ssl_verify on; {pre}_ssl_verify_depth 2; {pre}_ssl_name mesh.local;
       {pre}_ssl_server_name on; {pre}_ssl_protocols TLSv1.3;""" if tls_out else ""
         scheme = {"proxy": "http", "grpc": "grpc"}[pre] + ("s" if tls_out else "")
         keep = 'proxy_http_version 1.1; proxy_set_header Connection "";' if pre == "proxy" else ""
@@ -180,21 +180,26 @@ def write(work, name, text):
 
 
 def make_certificates(work):
-    """A P-256 authority and one leaf that serves both sides."""
+    """A P-256 root, an issuing authority under it, and one leaf that serves both sides: the chain that Sheer's are."""
     home = Path(work) / "certificates"
     if (home / "full.pem").exists():
         return home
     home.mkdir(exist_ok=True)
-    extensions = ("subjectAltName=critical,DNS:mesh.local,URI:spiffe://mesh.internal/ns/default/sa/bench\n"
-                  "extendedKeyUsage=serverAuth,clientAuth\nkeyUsage=critical,digitalSignature\n")
-    (home / "extensions").write_text(extensions)
+    (home / "issuing").write_text("basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=critical,keyCertSign\n")
+    (home / "extensions").write_text(
+        "subjectAltName=critical,DNS:mesh.local,URI:spiffe://mesh.internal/ns/default/sa/bench\n"
+        "extendedKeyUsage=serverAuth,clientAuth\nkeyUsage=critical,digitalSignature\n")
     for line in (
         "openssl ecparam -name prime256v1 -genkey -noout -out ca.key",
         "openssl req -x509 -new -key ca.key -sha256 -days 30 -subj /CN=bench -out ca.pem",
+        "openssl ecparam -name prime256v1 -genkey -noout -out issuing.key",
+        "openssl req -new -key issuing.key -subj /CN=issuing -out issuing.csr",
+        "openssl x509 -req -in issuing.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 30 -sha256 -extfile issuing -out issuing.pem",
         "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out leaf.key",
         "openssl req -new -key leaf.key -subj /O=bench -out leaf.csr",
-        "openssl x509 -req -in leaf.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 30 -sha256 -extfile extensions -out leaf.pem",
+        "openssl x509 -req -in leaf.csr -CA issuing.pem -CAkey issuing.key -CAcreateserial -days 30 -sha256 -extfile extensions -out own.pem",
     ):
         subprocess.run(line.split(), cwd=home, check=True, capture_output=True)
+    (home / "leaf.pem").write_text((home / "own.pem").read_text() + (home / "issuing.pem").read_text())
     (home / "full.pem").write_text((home / "leaf.pem").read_text() + (home / "leaf.key").read_text())
     return home

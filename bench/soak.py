@@ -142,7 +142,7 @@ def report(minutes, share, capacity, rates, samples, after):
         "when it began, a third of it for each protocol, over the mesh path (two proxies, mutual TLS). "
         f"Connections were replaced every {TURNOVER} requests.", "",
         *versions()[:3],
-        f"- load of other programs on the machine at the end (1, 5, 15 minutes): {', '.join(f'{it:.1f}' for it in os.getloadavg())}", "",
+        f"- load of the machine at the end, this run's included (1, 5, 15 minutes): {', '.join(f'{it:.1f}' for it in os.getloadavg())}", "",
         f"**{'Flat: nothing grew and nothing failed.' if held else 'NOT flat, or something failed.'}**", "",
         f"The first {FILLING:.0%} of the time are left out: buffers and pools reach their sizes. First and last third of the rest, medians:", "",
         "| what | first third | last third | slope an hour | 10 s after the load | |", "|---|---|---|---|---|---|", *rows, "",
