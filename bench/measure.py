@@ -44,6 +44,9 @@ def running(case, contender, work, plan=None):
         yield measured
     finally:
         stop(everything)
+        # A supervisor goes before its proxy, and what comes next must not be taken for ready by the old one's port.
+        for port in (case.backend, *(process.port for process in plan)):
+            wait_until_free(port)
 
 
 def spent(pids):
