@@ -30,6 +30,7 @@ pub mod platform;
 pub mod record;
 mod run;
 mod send;
+mod shared;
 pub mod state;
 pub mod sync;
 pub mod tcp;

@@ -7,23 +7,23 @@
 //! Label names and values are listed in [`exposition`], the one place that writes them for Prometheus; [`report`] writes
 //! the same counters for the control plane.
 
+mod answers;
 pub mod exposition;
 pub mod report;
 
+pub use answers::MAX_ANSWERS;
+
+use answers::Answers;
 use parking_lot::RwLock;
 use sheer_core::cause::Cause;
 use sheer_core::histogram;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Most edges of a proxy. An edge takes about 6 KiB, so that a full table takes 6 MiB.
 pub const MAX_EDGES: usize = 1000;
-
-/// Most different answers (status, gRPC status, reason) told apart on one edge; further ones are counted as status 0
-/// with reason `other`.
-pub const MAX_ANSWERS: usize = 64;
 
 /// From which side an edge is seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -120,8 +120,7 @@ impl Histogram {
 
 /// The counters of one edge.
 pub struct Edge {
-    answers: Box<[AnswerSlot; MAX_ANSWERS]>,
-    other_answers: AtomicU64,
+    answers: Answers,
     latency: Histogram,
     mesh: Histogram,
     bytes_sent: AtomicU64,
@@ -130,13 +129,6 @@ pub struct Edge {
     open: AtomicI64,
     /// What [`report`] last sent of it, as a checksum; 0 when nothing.
     reported: AtomicU64,
-}
-
-#[derive(Default)]
-struct AnswerSlot {
-    /// [`pack`]ed; 0 while the slot is free. Set once.
-    key: AtomicU32,
-    count: AtomicU64,
 }
 
 const OCCUPIED: u32 = 1 << 31;
@@ -176,8 +168,7 @@ fn unpack(key: u32, count: u64) -> AnswerCount {
 impl Default for Edge {
     fn default() -> Self {
         Self {
-            answers: Box::new(std::array::from_fn(|_| AnswerSlot::default())),
-            other_answers: AtomicU64::new(0),
+            answers: Answers::default(),
             latency: Histogram::default(),
             mesh: Histogram::default(),
             bytes_sent: AtomicU64::new(0),
@@ -200,32 +191,13 @@ impl Edge {
     /// was none), `grpc_status` (-1 when there was none), and why it failed, when the mesh or a connection failed.
     pub fn count(&self, status: u16, grpc_status: i32, cause: Option<Cause>) {
         let grpc_status = (grpc_status >= 0).then(|| u8::try_from(grpc_status).unwrap_or(u8::MAX));
-        self.slot(pack(status, grpc_status, cause)).fetch_add(1, Relaxed);
+        self.answers.count(pack(status, grpc_status, cause));
     }
 
     /// Counts its duration, from the first byte in to the last byte out, and the part of it that the mesh itself added.
     pub fn latency(&self, total: Duration, mesh: Duration) {
         self.latency.count(total);
         self.mesh.count(mesh);
-    }
-
-    fn slot(&self, key: u32) -> &AtomicU64 {
-        // A multiplicative hash spreads neighbouring statuses.
-        let start = (key.wrapping_mul(0x9e37_79b1) >> 26) as usize;
-        for step in 0..MAX_ANSWERS {
-            let slot = &self.answers[(start + step) % MAX_ANSWERS];
-            let mut found = slot.key.load(Relaxed);
-            if found == 0 {
-                found = match slot.key.compare_exchange(0, key, Relaxed, Relaxed) {
-                    Ok(_) => key,
-                    Err(other) => other,
-                };
-            }
-            if found == key {
-                return &slot.count;
-            }
-        }
-        &self.other_answers
     }
 
     /// Counts bytes of bodies or connections: `sent` from source to destination, `received` the other way.
@@ -257,15 +229,9 @@ impl Edge {
 
     /// What was answered so far, in a stable order.
     pub fn answers(&self) -> Vec<AnswerCount> {
-        let mut counts: Vec<AnswerCount> = self
-            .answers
-            .iter()
-            .map(|slot| (slot.key.load(Relaxed), slot.count.load(Relaxed)))
-            .filter(|(_, count)| *count > 0)
-            .map(|(key, count)| unpack(key, count))
-            .collect();
+        let mut counts: Vec<AnswerCount> = self.answers.counted().map(|(key, count)| unpack(key, count)).collect();
         counts.sort_by_key(|it| (it.status, it.grpc_status, it.reason));
-        let other = self.other_answers.load(Relaxed);
+        let other = self.answers.other();
         if other > 0 {
             counts.push(AnswerCount { status: 0, grpc_status: None, reason: "other", count: other });
         }

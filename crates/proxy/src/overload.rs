@@ -5,9 +5,13 @@
 //! limit that it runs under, with what the kernel holds for its connections. Beyond three fifths of that nothing new is
 //! begun; beyond three quarters what was begun last ends. All of it fails with [`Cause::Overloaded`](sheer_core::cause::Cause), which provably processed nothing.
 
+mod clients;
 pub mod memory;
 
+pub use clients::Way;
+
 use crate::metrics::Metrics;
+use clients::Clients;
 use memory::{Level, Memory};
 use nix::sys::resource::{Resource, getrlimit};
 use parking_lot::Mutex;
@@ -29,15 +33,6 @@ pub const ALERT: Duration = Duration::from_millis(20);
 /// that they may fill an eighth of the limit. That is after 32 under 64 MiB, and hardly ever on a large machine.
 const EACH: u64 = 256 * 1024;
 
-/// Which way a connection goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
-    /// From the workload.
-    Out,
-    /// To the workload.
-    In,
-}
-
 /// Connections that are served however much memory is in use: what an allocator does not give back must not keep a proxy
 /// from serving for ever. At 256 KiB each way they hold 16 MiB, what is left free of the smallest limit that is any use.
 const FEW: usize = 32;
@@ -47,7 +42,7 @@ pub struct Overload {
     metrics: Arc<Metrics>,
     /// The most connections of clients.
     most: usize,
-    clients: [AtomicUsize; 2],
+    clients: Clients,
     level: AtomicU8,
     /// Begun since memory was looked at, and how many may be before it is again.
     begun: AtomicUsize,
@@ -72,7 +67,7 @@ impl Overload {
         let overload = Self {
             metrics,
             most,
-            clients: [const { AtomicUsize::new(0) }; 2],
+            clients: Clients::default(),
             level: AtomicU8::new(Level::Calm as u8),
             begun: AtomicUsize::new(0),
             at_once: AtomicUsize::new(usize::MAX),
@@ -88,13 +83,11 @@ impl Overload {
         if !self.begins() {
             return None;
         }
-        let (own, other) = (&self.clients[way as usize], &self.clients[1 - way as usize]);
-        // Counted first: several workers accept at once.
-        let now = own.fetch_add(1, Relaxed) + 1;
-        let admitted = Admitted(self.clone(), way);
+        if !self.clients.enter(way, self.most) {
+            return None;
+        }
         self.metrics.clients_open.fetch_add(1, Relaxed);
-        let fits = now <= self.most - self.most / 16 && now + other.load(Relaxed) <= self.most;
-        fits.then_some(admitted)
+        Some(Admitted(self.clone(), way))
     }
 
     /// Whether something new may be begun. To be asked once for each connection and request.
@@ -110,7 +103,7 @@ impl Overload {
 
     /// Whether there is hardly anything that could be given up.
     pub fn is_nearly_empty(&self) -> bool {
-        self.memory.is_some() && self.clients.iter().map(|it| it.load(Relaxed)).sum::<usize>() <= FEW
+        self.memory.is_some() && self.clients.number() <= FEW
     }
 
     /// How much memory is in use, as it was last looked at.
@@ -140,7 +133,7 @@ impl Overload {
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        self.0.clients[self.1 as usize].fetch_sub(1, Relaxed);
+        self.0.clients.leave(self.1);
         self.0.metrics.clients_open.fetch_sub(1, Relaxed);
     }
 }

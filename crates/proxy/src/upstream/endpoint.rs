@@ -3,23 +3,20 @@
 //! Both live outside the snapshot, so that a change of configuration resets nothing. A service's list is replaced as a
 //! whole; an endpoint that stays keeps its [`State`], which all workers share.
 
+mod state;
+
+pub use state::{InFlight, State};
+
 use arc_swap::ArcSwapOption;
 use parking_lot::RwLock;
-use sheer_core::balance::{self, Candidate, aged, peak_ewma};
+use sheer_core::balance::{self, Candidate};
 use sheer_core::identity::SpiffeId;
 use sheer_core::name::ServiceName;
 use sheer_core::snapshot::{Endpoint, EndpointSet, Health, Hop};
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
-
-/// For how long an endpoint is picked last after a connect to it failed, or after it said that it is leaving.
-const SHUNNED: Duration = Duration::from_secs(3);
-
-/// For how often at most that time doubles while connects meet silence: each attempt costs a caller a second.
-const DOUBLINGS: u32 = 3;
+use std::time::Instant;
 
 /// The endpoints of all services in use.
 #[derive(Debug)]
@@ -48,21 +45,6 @@ pub struct LiveEndpoint {
     pub endpoint: Arc<Endpoint>,
     /// As seen from here.
     pub state: Arc<State>,
-}
-
-/// What this proxy sees of an endpoint. All workers share it.
-#[derive(Debug)]
-pub struct State {
-    epoch: Instant,
-    in_flight: AtomicU32,
-    /// Bits of an `f64`, in seconds.
-    average: AtomicU64,
-    /// Microseconds since the epoch; 0 before the first answer.
-    observed: AtomicU64,
-    /// Microseconds since the epoch until which it is picked last.
-    shunned_until: AtomicU64,
-    /// Connects in a row that met silence.
-    silent: AtomicU32,
 }
 
 /// What makes an endpoint the same one after a change. How it is dialled is a part of it: connections are kept by its
@@ -173,103 +155,14 @@ impl Live {
     }
 }
 
-impl Default for State {
-    fn default() -> Self {
-        Self::new(Instant::now())
-    }
-}
-
-impl State {
-    fn new(epoch: Instant) -> Self {
-        Self {
-            epoch,
-            in_flight: AtomicU32::new(0),
-            average: AtomicU64::new(0),
-            observed: AtomicU64::new(0),
-            shunned_until: AtomicU64::new(0),
-            silent: AtomicU32::new(0),
-        }
-    }
-
-    /// Counts a request or connection in flight for as long as the returned value lives.
-    pub fn begin(self: &Arc<Self>) -> InFlight {
-        self.in_flight.fetch_add(1, Relaxed);
-        InFlight(self.clone())
-    }
-
-    /// Takes an answer's time into the average.
-    pub fn observe(&self, latency: Duration) {
-        let now = self.now().max(1);
-        let elapsed = now.saturating_sub(self.observed.swap(now, Relaxed));
-        let average = f64::from_bits(self.average.load(Relaxed));
-        // Two answers at once may lose one of them: the average is an estimate.
-        let next = peak_ewma(average, latency.as_secs_f64(), Duration::from_micros(elapsed));
-        self.average.store(next.to_bits(), Relaxed);
-        self.reached();
-    }
-
-    /// From now on, for a while, it is picked last: a connect failed, or it said that it is leaving.
-    pub fn shun(&self) {
-        self.shunned_until.store(self.now() + SHUNNED.as_micros() as u64, Relaxed);
-    }
-
-    /// The same when a connect met silence, for longer the more often it has.
-    pub fn shun_silent(&self) {
-        // Those that wait at the same time learn the same thing: it counts once.
-        let times = match self.is_shunned() {
-            true => self.silent.load(Relaxed).saturating_sub(1),
-            false => self.silent.fetch_add(1, Relaxed),
-        };
-        let time = SHUNNED * (1 << times.min(DOUBLINGS));
-        self.shunned_until.fetch_max(self.now() + time.as_micros() as u64, Relaxed);
-    }
-
-    /// It is there: the next silence is its first.
-    pub fn reached(&self) {
-        if self.silent.load(Relaxed) != 0 {
-            self.silent.store(0, Relaxed);
-        }
-    }
-
-    /// The average response time in seconds, less while it is idle; `None` before the first answer.
-    fn average(&self, in_flight: u32) -> Option<f64> {
-        let observed = self.observed.load(Relaxed);
-        let average = f64::from_bits(self.average.load(Relaxed));
-        match (observed, in_flight) {
-            (0, _) => None,
-            (_, 0) => Some(aged(average, Duration::from_micros(self.now().saturating_sub(observed)))),
-            _ => Some(average),
-        }
-    }
-
-    fn is_shunned(&self) -> bool {
-        let until = self.shunned_until.load(Relaxed);
-        until != 0 && until > self.now()
-    }
-
-    fn now(&self) -> u64 {
-        self.epoch.elapsed().as_micros() as u64
-    }
-}
-
 impl Candidate for LiveEndpoint {
     fn health(&self) -> Health {
         if self.state.is_shunned() { self.endpoint.health.max(Health::Suspect) } else { self.endpoint.health }
     }
 
     fn cost(&self) -> f64 {
-        let in_flight = self.state.in_flight.load(Relaxed);
+        let in_flight = self.state.in_flight();
         balance::cost(self.state.average(in_flight), in_flight, self.endpoint.weight)
-    }
-}
-
-/// A request or connection in flight to an endpoint.
-#[derive(Debug)]
-pub struct InFlight(Arc<State>);
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Relaxed);
     }
 }
 
@@ -289,24 +182,6 @@ mod tests {
             weight: 1,
             at_address: false,
         })
-    }
-
-    #[test]
-    fn silence_is_borne_less_often_each_time() {
-        let state = State::default();
-        let shunned = || state.shunned_until.load(Relaxed).saturating_sub(state.now()).div_ceil(1_000_000);
-        let mut times = Vec::new();
-        for _ in 0..6 {
-            state.shun_silent();
-            state.shun_silent();
-            times.push(shunned());
-            // The time is over.
-            state.shunned_until.store(0, Relaxed);
-        }
-        assert_eq!(times, [3, 6, 12, 24, 24, 24]);
-        state.reached();
-        state.shun_silent();
-        assert_eq!(shunned(), 3);
     }
 
     #[test]
