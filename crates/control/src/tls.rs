@@ -17,11 +17,13 @@ use rustls_pki_types::{CertificateDer, UnixTime};
 use sha2::{Digest, Sha256};
 use sheer_core::identity::SpiffeId;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 use webpki::{EndEntityCert, KeyUsage};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
+/// By how much the door's own certificate is back-dated, in seconds; see `ca`.
+const BACKDATE_S: i64 = 15 * 60;
 /// Certificates that a client may send above its own.
 const MAX_CHAIN: usize = 4;
 
@@ -126,6 +128,8 @@ pub struct Door {
     /// The server name, `control.<trust domain>`.
     name: String,
     certificate: ArcSwapOption<(CertifiedKey, i64)>,
+    /// When that was made, in unix seconds.
+    made_at: AtomicI64,
     provider: Arc<CryptoProvider>,
     /// Client certificates that were refused are logged.
     refusals: Seldom,
@@ -140,6 +144,7 @@ impl Door {
             grace_s: AtomicU64::new(24 * 3600),
             name: format!("control.{trust_domain}"),
             certificate: ArcSwapOption::empty(),
+            made_at: AtomicI64::new(0),
             provider: Arc::new(aws_lc_rs::default_provider()),
             refusals: Seldom::default(),
         })
@@ -168,7 +173,9 @@ impl Door {
 
     fn certificate(&self) -> Option<Arc<(CertifiedKey, i64)>> {
         let now = self.clock.unix();
-        if let Some(current) = self.certificate.load_full().filter(|current| now < current.1) {
+        // One that was made while the clock was ahead does not hold yet, and would not for as long as it was.
+        let begun = self.made_at.load(Ordering::Relaxed) - BACKDATE_S <= now;
+        if let Some(current) = self.certificate.load_full().filter(|current| begun && now < current.1) {
             return Some(current);
         }
         let made = self.authority.issue_server(&self.name).map_err(|error| error.to_string());
@@ -179,6 +186,7 @@ impl Door {
         });
         match made {
             Ok(made) => {
+                self.made_at.store(now, Ordering::Relaxed);
                 self.certificate.store(Some(made.clone()));
                 Some(made)
             }
