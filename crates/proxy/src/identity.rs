@@ -218,8 +218,8 @@ impl Keeper {
                         if (failures == 1 && !waits) || u32::is_multiple_of(failures, 10) {
                             tracing::warn!("{error}");
                         }
-                        let valid = held.as_ref().is_some_and(|held| now < held.not_after());
-                        next = now + pause(failures, if valid { LAST_PAUSE } else { LAST_PAUSE_WITHOUT });
+                        let left = held.as_ref().and_then(|held| held.not_after().duration_since(now).ok());
+                        next = now + pause(failures, longest_pause(left.unwrap_or_default()));
                     }
                 }
             }
@@ -446,6 +446,12 @@ fn explain(address: &Address, status: &tonic::Status) -> IdentityError {
 
 fn warn_unsaved(error: &StateError) {
     tracing::warn!("{error}; the proxy goes on, and would need the control plane after a restart");
+}
+
+/// The longest pause while the certificate still holds for this long: there are several attempts before it ends, however
+/// short its life.
+fn longest_pause(left: Duration) -> Duration {
+    (left / 4).clamp(LAST_PAUSE_WITHOUT, LAST_PAUSE)
 }
 
 /// The pause after this many failures, one at least: half of it fixed, half at random.

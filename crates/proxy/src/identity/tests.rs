@@ -234,3 +234,16 @@ async fn a_token_that_cannot_be_used_is_explained() {
     let error = keeper.run().await.to_string();
     assert!(error.contains("sheer token create"), "{error}");
 }
+
+#[test]
+fn a_certificate_of_a_short_life_is_asked_for_more_than_once_before_it_ends() {
+    // Renewed after half of a minute, by whoever is unlucky with every pause.
+    let (mut left, mut failures) = (Duration::from_secs(24), 0);
+    while !left.is_zero() {
+        failures += 1;
+        left = left.saturating_sub(FIRST_PAUSE.saturating_mul(1 << (failures - 1)).min(longest_pause(left)));
+    }
+    assert!(failures > 10, "{failures}");
+    assert_eq!(longest_pause(Duration::from_secs(86_400)), LAST_PAUSE);
+    assert_eq!(longest_pause(Duration::ZERO), LAST_PAUSE_WITHOUT);
+}
