@@ -89,6 +89,15 @@ long: ## Tests that mostly wait, for minutes: those that `make test` leaves out
 	$(CARGO) build --locked -p sheer
 	$(CARGO) test --locked --workspace --no-fail-fast -- --ignored
 
+# `make test` plays 1,000 seeds, and 2,000 orders of threads.
+SEEDS ?= 100000
+SEED ?=
+
+.PHONY: simulate
+simulate: ## Play 100,000 seeds of the simulation and orders of threads (SEEDS=N), or one seed again (SEED=N)
+	SEED=$(SEED) SEEDS=$(SEEDS) $(CARGO) test --locked -p sheer-simulation --test seeds
+	$(if $(SEED),,ORDERS=$(SEEDS) $(CARGO) test --locked -p sheer-interleave)
+
 .PHONY: end-to-end
 end-to-end: ## The demonstration, started and judged from outside (as root, and as an ordinary user)
 	$(CARGO) build --locked -p sheer
