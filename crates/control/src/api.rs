@@ -15,7 +15,9 @@ pub(crate) use access::Access;
 pub(crate) use serve::{accept_tcp, accept_unix};
 
 use crate::Control;
+use crate::ca::CaError;
 use crate::documents;
+use crate::rotation::RotationError;
 use crate::status;
 use crate::telemetry::View;
 use access::{Caller, Level};
@@ -27,7 +29,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use sheer_core::api::{Apply, Consent, Failure, Link, TokenRequest, Version};
+use sheer_core::api::{Apply, Consent, Failure, Link, Rotate, TokenRequest, Version};
 use sheer_core::name::{DEFAULT_NAMESPACE, DnsLabel, ServiceName};
 use sheer_core::resource::Kind;
 use std::sync::Arc;
@@ -81,6 +83,9 @@ pub(crate) fn router(api: Api) -> axum::Router {
         .route("/api/v1/tokens", post(tokens))
         .route("/api/v1/consent", post(consent))
         .route("/api/v1/links", post(links))
+        .route("/api/v1/identity", get(|State(api): State<Api>| async move { Json(api.control.identity()) }))
+        .route("/api/v1/identity/rotate", post(rotate))
+        .route("/api/v1/identity/abort", post(abort_rotation))
         .fallback(|| async { refuse(StatusCode::NOT_FOUND, "there is no such path", "GET /api/v1/version") })
         .layer(axum::middleware::from_fn_with_state(api.clone(), admit))
         .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -328,6 +333,34 @@ async fn links(State(api): State<Api>) -> Response {
         Some(url) => Json(Link { url }).into_response(),
         None => refuse(StatusCode::CONFLICT, "the API listens on no TCP address", "start it with --api-listen"),
     }
+}
+
+async fn rotate(State(api): State<Api>, bytes: bytes::Bytes) -> Response {
+    answer(async {
+        let how: Rotate = body(&bytes)?;
+        api.control.rotate_root(how).await.map_err(unrotated)?;
+        Ok(Json(api.control.identity()).into_response())
+    })
+    .await
+}
+
+async fn abort_rotation(State(api): State<Api>) -> Response {
+    answer(async {
+        api.control.abort_rotation().await.map_err(unrotated)?;
+        Ok(Json(api.control.identity()).into_response())
+    })
+    .await
+}
+
+fn unrotated(error: RotationError) -> Refused {
+    let status = match &error {
+        RotationError::UnderWay
+        | RotationError::GoingBack
+        | RotationError::None
+        | RotationError::Ca(CaError::NoCross(_)) => StatusCode::CONFLICT,
+        RotationError::Ca(_) | RotationError::Store(_) => StatusCode::INSUFFICIENT_STORAGE,
+    };
+    refused(status, error.to_string(), "")
 }
 
 #[derive(Deserialize)]

@@ -117,6 +117,16 @@ pub struct Attested {
     /// Addresses that may be registered beside the stream's source.
     #[serde(default)]
     pub addresses: Vec<IpNet>,
+    /// The number of the root above the certificate.
+    #[serde(default = "first_root")]
+    pub root: u64,
+    /// Whether the workload has ended since: nobody serves with the certificate.
+    #[serde(default)]
+    pub left: bool,
+}
+
+fn first_root() -> u64 {
+    1
 }
 
 /// Why nobody is let in. Each says what to do.
@@ -194,8 +204,8 @@ pub enum AttestError {
     },
     /// The certificate has ended and the conditions for renewing it are not met.
     #[error(
-        "the certificate has ended, and it may be renewed only with its own key and while its workload is on record; \
-         join again with a new token"
+        "the certificate has ended, or its root was replaced: then it may be renewed only with its own key and while its \
+         workload is on record; join again with a new token"
     )]
     Ended,
     /// Too many wrong tokens.

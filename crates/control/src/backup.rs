@@ -1,8 +1,8 @@
 //! Backups: one file with the state's records, the authority's keys and the configuration, taken while running.
 
 use crate::ca::hex;
-use crate::file;
 use crate::store::{Store, StoreError, Table};
+use crate::{file, rotation};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
@@ -15,8 +15,8 @@ use std::path::{Component, Path, PathBuf};
 const FORMAT: &str = "sheer-backup/1";
 /// Larger backups are refused when they are read.
 const MAX_BACKUP: u64 = 1 << 30;
-/// The authority's files. Without them no proxy would trust the restored control plane.
-const FILES: [&str; 2] = ["root.pem", "issuing.pem"];
+/// How often it is tried to read the authority's files as they belong to its record.
+const TRIES: usize = 5;
 
 /// Why a backup cannot be taken or restored.
 #[derive(Debug, thiserror::Error)]
@@ -77,23 +77,54 @@ pub struct Restored {
 /// # Errors
 /// When something cannot be read.
 pub(crate) fn take(store: &Store, state: &Path, config: Vec<Source>, now: i64) -> Result<Vec<u8>, BackupError> {
-    let image = store.image()?;
+    // The authority's files: without them no proxy would trust the restored control plane. They are read between two
+    // looks at the record that names them.
+    let (mut image, mut files) = (store.image()?, BTreeMap::new());
+    for _ in 0..TRIES {
+        files = authority_files(state)?;
+        let again = store.image()?;
+        let record = |image: &[(Table, crate::store::Records)]| record_of(image).map(<[u8]>::to_vec);
+        let is_same = record(&again) == record(&image);
+        image = again;
+        if is_same {
+            break;
+        }
+    }
     let tables = image.into_iter().map(|(table, records)| {
         let records = records.into_iter().map(|(key, value)| (key, STANDARD.encode(value)));
         (table.name().to_owned(), records.collect())
     });
-    let mut files = BTreeMap::new();
-    for name in FILES {
-        let path = state.join(name);
-        let text = std::fs::read_to_string(&path).map_err(|source| BackupError::Io { path, source })?;
-        files.insert(name.to_owned(), text);
-    }
     let config = config.into_iter().map(|source| (source.file, source.text)).collect();
     let content = Content { tables: tables.collect(), files, config };
     let damaged = |error: serde_json::Error| BackupError::Damaged(error.to_string());
     let content = serde_json::to_string(&content).map_err(damaged)?;
     let sha256 = hex(&Sha256::digest(content.as_bytes()));
     serde_json::to_vec(&Archive { format: FORMAT.to_owned(), created: now, sha256, content }).map_err(damaged)
+}
+
+/// The record of roots in the tables.
+fn record_of(image: &[(Table, crate::store::Records)]) -> Option<&[u8]> {
+    let (_, records) = image.iter().find(|(table, _)| *table == Table::Meta)?;
+    records.iter().find(|(key, _)| key == rotation::RECORD).map(|(_, value)| value.as_slice())
+}
+
+fn authority_files(state: &Path) -> Result<BTreeMap<String, String>, BackupError> {
+    let io = |path: &Path| {
+        let path = path.to_owned();
+        move |source| BackupError::Io { path, source }
+    };
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir(state).map_err(io(state))? {
+        let name = entry.map_err(io(state))?.file_name();
+        let Some(name) = name.to_str().filter(|name| crate::ca::number_of(name).is_some()) else { continue };
+        match std::fs::read_to_string(state.join(name)) {
+            Ok(text) => files.insert(name.to_owned(), text),
+            // Its root was forgotten in this moment.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(io(&state.join(name))(error)),
+        };
+    }
+    Ok(files)
 }
 
 /// Takes a backup of a control plane that does not run.
@@ -133,9 +164,9 @@ pub fn restore(archive: impl Read, state: &Path, config: &Path) -> Result<Restor
         return Err(BackupError::Damaged("its checksum differs".to_owned()));
     }
     let content: Content = serde_json::from_str(&archive.content).map_err(damaged)?;
-    for name in FILES {
-        if !content.files.contains_key(name) {
-            return Err(BackupError::Damaged(format!("it holds no {name}")));
+    for name in ["root", "issuing"] {
+        if !content.files.keys().any(|file| file.starts_with(name) && crate::ca::number_of(file).is_some()) {
+            return Err(BackupError::Damaged(format!("it holds no {name}.pem")));
         }
     }
     if content.config.keys().any(|name| !is_plain(name)) {
@@ -174,6 +205,7 @@ fn restore_state(content: &Content, state: &Path) -> Result<usize, BackupError> 
         }
     }
     let count = records.len();
+    let now = crate::clock::Clock::default().unix();
     let build = || -> Result<(), BackupError> {
         if let Some(parent) = state.parent() {
             std::fs::create_dir_all(parent).map_err(io(parent))?;
@@ -184,11 +216,14 @@ fn restore_state(content: &Content, state: &Path) -> Result<usize, BackupError> 
                 transaction.put_raw(*table, key, value)?;
             }
             let epoch: u64 = transaction.read(Table::Meta, "epoch")?.unwrap_or(1);
-            transaction.put(Table::Meta, "epoch", &(epoch + 1))
+            transaction.put(Table::Meta, "epoch", &(epoch + 1))?;
+            // Whom proxies were told to trust since the backup was taken is to count as older.
+            let trust: Option<rotation::Trust> = transaction.read(Table::Meta, rotation::RECORD)?;
+            transaction.put(Table::Meta, rotation::RECORD, &trust.unwrap_or_default().restored(now))
         })?;
         drop(store);
         for (name, text) in &content.files {
-            if FILES.contains(&name.as_str()) {
+            if crate::ca::number_of(name).is_some() {
                 file::replace(&staged.join(name), 0o600, text.as_bytes()).map_err(io(&staged))?;
             }
         }

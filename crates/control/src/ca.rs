@@ -3,9 +3,18 @@
 //!
 //! `root.pem` and `issuing.pem` in the state directory hold a certificate and its key each, with mode 0600. The root's
 //! key is needed only to make the next issuing certificate: it may be kept elsewhere, then rotation warns.
+//!
+//! While a root is being replaced there are two. Which of them are trusted, and which one issues, is said by a record of
+//! the store ([`Trust`]); files come before the record that names them, and go after it.
+
+mod line;
+
+pub(crate) use line::number_of;
 
 use crate::clock::Clock;
-use parking_lot::RwLock;
+use crate::rotation::Trust;
+use arc_swap::ArcSwap;
+use line::Line;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, SanType, SerialNumber, SubjectPublicKeyInfo,
@@ -46,6 +55,12 @@ pub enum CaError {
         .0.display()
     )]
     RootKeyAway(PathBuf),
+    /// A root is to be replaced and its key is not here.
+    #[error(
+        "{} holds no key: without it proxies that are away now could not follow to a new root; put the key back for a \
+         start, or rotate with --now, after which they have to join again", .0.display()
+    )]
+    NoCross(PathBuf),
     /// The signing library refused.
     #[error("a certificate could not be made: {0}")]
     Signing(#[from] rcgen::Error),
@@ -83,6 +98,8 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 const ROOT_LIFETIME: Duration = Duration::from_secs(3653 * 24 * 3600);
 const ISSUING_LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
 const SERVER_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Replaced roots from which the control plane's own chain leads to the present one: each makes it two certificates longer.
+const MAX_WAY: usize = 4;
 /// For peers whose clock is behind.
 const BACKDATE: Duration = Duration::from_secs(15 * 60);
 
@@ -90,11 +107,37 @@ const BACKDATE: Duration = Duration::from_secs(15 * 60);
 pub struct Authority {
     directory: PathBuf,
     clock: Clock,
-    root: CertificateDer<'static>,
-    root_sha256: [u8; 32],
-    root_not_after: i64,
-    root_key: Option<Vec<u8>>,
-    issuing: RwLock<Arc<Issuing>>,
+    trust_domain: String,
+    inner: ArcSwap<Inner>,
+}
+
+/// The record in force, and the roots that it names.
+struct Inner {
+    trust: Trust,
+    lines: Vec<Arc<Line>>,
+    issuing: Arc<Line>,
+}
+
+impl Inner {
+    fn line(&self, number: u64) -> Option<&Arc<Line>> {
+        self.lines.iter().find(|line| line.number == number)
+    }
+
+    fn trusted(&self) -> impl Iterator<Item = &Arc<Line>> {
+        self.trust.trusted.iter().filter_map(|number| self.line(*number))
+    }
+
+    /// What leads one who was away to the root that issues: each root before it, with what it certified the next with.
+    fn way_here(&self) -> Vec<CertificateDer<'static>> {
+        let mut way = Vec::new();
+        let mut upper = &self.issuing;
+        for line in self.lines.iter().rev().filter(|line| line.number < self.issuing.number).take(MAX_WAY) {
+            way.extend(upper.cross.clone());
+            way.push(line.root.clone());
+            upper = line;
+        }
+        way
+    }
 }
 
 struct Issuing {
@@ -111,6 +154,8 @@ pub struct Issued {
     pub chain: Vec<CertificateDer<'static>>,
     /// When the leaf ends, in unix seconds.
     pub not_after: i64,
+    /// The number of the root.
+    pub number: u64,
 }
 
 /// A public key out of a checked request.
@@ -121,91 +166,193 @@ pub struct RequestedKey {
 }
 
 impl Authority {
-    /// Loads the authority from the state directory; makes what is missing.
+    /// Loads the authority from the state directory, as the record says; makes the first root where there is none.
     ///
     /// # Errors
     /// When a file cannot be read or written, or is damaged.
-    pub fn open(directory: &Path, trust_domain: &str, clock: Clock) -> Result<Self, CaError> {
+    pub fn open(directory: &Path, trust_domain: &str, clock: Clock, trust: &Trust) -> Result<Self, CaError> {
         let path = directory.join("root.pem");
-        if !path.exists() {
+        if !path.exists() && *trust == Trust::default() {
             let (certificate, key) = make_root(trust_domain, clock.now())?;
             write_pair(&path, &certificate, &key)?;
         }
-        let (root, root_key) = read_pair(&path)?;
-        let damaged = |reason: &str| CaError::Damaged { path: path.clone(), reason: reason.to_owned() };
-        let (_, parsed) = X509Certificate::from_der(&root).map_err(|_| damaged("the certificate cannot be read"))?;
-        if !parsed.is_ca() {
-            return Err(damaged("the certificate is not an authority's"));
-        }
-        let root_sha256 = Sha256::digest(parsed.public_key().raw).into();
-        let root_not_after = parsed.validity().not_after.timestamp();
-        drop(parsed);
-        let issuing = Self::load_issuing(directory, &root, root_key.as_deref(), trust_domain, &clock)?;
-        let issuing = RwLock::new(Arc::new(issuing));
-        Ok(Self { directory: directory.to_owned(), clock, root, root_sha256, root_not_after, root_key, issuing })
+        let inner = ArcSwap::from_pointee(Self::load(directory, trust_domain, &clock, trust, &[])?);
+        Ok(Self { directory: directory.to_owned(), clock, trust_domain: trust_domain.to_owned(), inner })
     }
 
-    fn load_issuing(
+    /// The roots that a record names; those that are held already are not read again.
+    fn load(
         directory: &Path,
-        root: &CertificateDer<'static>,
-        root_key: Option<&[u8]>,
         trust_domain: &str,
         clock: &Clock,
-    ) -> Result<Issuing, CaError> {
-        let path = directory.join("issuing.pem");
-        if path.exists() {
-            let (certificate, key) = read_pair(&path)?;
-            let key = key.ok_or_else(|| CaError::Damaged { path: path.clone(), reason: "it holds no key".into() })?;
-            let issuing = Issuing::new(certificate, &key, &path)?;
-            if clock.now() < issuing.renew_at || root_key.is_none() {
-                return Ok(issuing);
+        trust: &Trust,
+        held: &[Arc<Line>],
+    ) -> Result<Inner, CaError> {
+        let mut lines = Vec::new();
+        for number in trust.numbers() {
+            let issues = trust.trusted.contains(&number);
+            let line = match held.iter().find(|line| line.number == number) {
+                Some(line) if issues && line.issuing.read().is_some() => line.clone(),
+                _ => Arc::new(Line::load(directory, number, issues, trust_domain, clock)?),
+            };
+            lines.push(line);
+        }
+        let issuing = lines.iter().find(|line| line.number == trust.issuing).cloned();
+        let issuing = issuing.ok_or_else(|| CaError::Damaged {
+            path: directory.to_owned(),
+            reason: format!("the record of roots names no root with number {}", trust.issuing),
+        })?;
+        Ok(Inner { trust: trust.clone(), lines, issuing })
+    }
+
+    /// The record in force.
+    pub fn trust(&self) -> Trust {
+        self.inner.load().trust.clone()
+    }
+
+    /// Puts a record into force that is in the store already.
+    ///
+    /// # Errors
+    /// When a root that it names cannot be loaded; the record before stays in force.
+    pub(crate) fn adopt(&self, trust: &Trust) -> Result<(), CaError> {
+        let held = self.inner.load();
+        let next = Self::load(&self.directory, &self.trust_domain, &self.clock, trust, &held.lines)?;
+        self.inner.store(Arc::new(next));
+        Ok(())
+    }
+
+    /// Makes a root that is to replace the present one, in files of its own.
+    ///
+    /// # Errors
+    /// When the present root's key is not here, so that those who are away could not follow, unless `now`; or when a file
+    /// cannot be written.
+    pub(crate) fn make_successor(&self, number: u64, now: bool) -> Result<(), CaError> {
+        let issuing = self.inner.load().issuing.clone();
+        if issuing.key.is_none() && !now {
+            let [path, _] = line::files(&self.directory, issuing.number);
+            return Err(CaError::NoCross(path));
+        }
+        issuing.successor(&self.directory, number, &self.trust_domain, &self.clock, !now).map(drop)
+    }
+
+    /// Removes the keys of roots that were replaced, and all of those that nobody knows any more.
+    ///
+    /// # Errors
+    /// When a file cannot be written. It is no harm to try again.
+    pub(crate) fn tidy(&self, trust: &Trust) -> Result<(), CaError> {
+        let names = std::fs::read_dir(&self.directory).into_iter().flatten().flatten();
+        let names = names.filter_map(|entry| number_of(entry.file_name().to_str()?));
+        let found: std::collections::BTreeSet<u64> = names.collect();
+        for number in found {
+            if trust.trusted.contains(&number) {
+                continue;
+            }
+            match trust.retired.iter().any(|retired| retired.number == number) {
+                true => Line::retire(&self.directory, number)?,
+                false => Line::forget(&self.directory, number),
             }
         }
-        let Some(root_key) = root_key else {
-            return Err(CaError::RootKeyAway(directory.join("root.pem")));
-        };
-        let root = Issuer::from_ca_cert_der(root, key_pair(root_key)?)?;
-        let (certificate, key) = make_issuing(&root, trust_domain, clock.now())?;
-        write_pair(&path, &certificate, &key)?;
-        Issuing::new(certificate, &key, &path)
+        Ok(())
     }
 
-    /// The root's certificate.
-    pub fn root(&self) -> &CertificateDer<'static> {
-        &self.root
+    /// The certificate of the root that certificates are issued under.
+    pub fn root(&self) -> CertificateDer<'static> {
+        self.inner.load().issuing.root.clone()
     }
 
-    /// SHA-256 of the root's subject public key info: what join tokens pin.
+    /// The roots whose certificates are accepted.
+    pub fn roots(&self) -> Vec<CertificateDer<'static>> {
+        self.inner.load().trusted().map(|line| line.root.clone()).collect()
+    }
+
+    /// The roots under which a certificate can at least be renewed.
+    pub(crate) fn known_roots(&self) -> Vec<CertificateDer<'static>> {
+        self.inner.load().lines.iter().map(|line| line.root.clone()).collect()
+    }
+
+    /// Whether certificates under a root are accepted.
+    pub(crate) fn is_trusted(&self, number: u64) -> bool {
+        self.inner.load().trust.trusted.contains(&number)
+    }
+
+    /// The certificate of a root by its number.
+    pub(crate) fn root_of(&self, number: u64) -> Option<CertificateDer<'static>> {
+        self.inner.load().line(number).map(|line| line.root.clone())
+    }
+
+    /// SHA-256 of the subject public key info of a root, by its number.
+    pub(crate) fn sha256_of(&self, number: u64) -> Option<[u8; 32]> {
+        self.inner.load().line(number).map(|line| line.sha256)
+    }
+
+    /// When a root ends, in unix seconds.
+    pub(crate) fn not_after_of(&self, number: u64) -> Option<i64> {
+        self.inner.load().line(number).map(|line| line.not_after)
+    }
+
+    /// SHA-256 of the subject public key info of the root that issues.
     pub fn root_sha256(&self) -> [u8; 32] {
-        self.root_sha256
+        self.inner.load().issuing.sha256
     }
 
-    /// When the root ends, in unix seconds.
+    /// What join tokens pin. While a root is being replaced that is the old one: whoever finds the new one can follow from
+    /// it, and should the replacement be aborted, it is the one that stays. Unless the old one is not to be believed.
+    pub fn pin(&self) -> [u8; 32] {
+        let inner = self.inner.load();
+        let stays = match &inner.trust.rotation {
+            Some(rotation) if !rotation.now => rotation.from.min(rotation.to),
+            Some(rotation) => rotation.to,
+            None => inner.trust.issuing,
+        };
+        inner.line(stays).unwrap_or(&inner.issuing).sha256
+    }
+
+    /// Whether a join token with this pin leads here.
+    pub fn is_pinned(&self, sha256: &[u8; 32]) -> bool {
+        self.inner.load().lines.iter().any(|line| line.sha256 == *sha256)
+    }
+
+    /// The number of the root above a peer's certificate, as its chain says, and whether certificates under it are
+    /// accepted. None for a chain that leads to no root of ours.
+    pub(crate) fn line_of(&self, leaf: &CertificateDer<'_>, above: &[CertificateDer<'_>]) -> Option<(u64, bool)> {
+        let inner = self.inner.load();
+        if let [only] = inner.lines.as_slice() {
+            // What was verified at all was verified under it.
+            return Some((only.number, true));
+        }
+        // What a peer's issuer was certified with beside does not count: that is for those who know the old root alone.
+        let direct = &above[..above.len().min(1)];
+        let under = |line: &&Arc<Line>| crate::tls::chains(&line.root, leaf, direct);
+        inner.lines.iter().find(under).map(|line| (line.number, inner.trust.trusted.contains(&line.number)))
+    }
+
+    /// When the root that issues ends, in unix seconds.
     pub fn root_not_after(&self) -> i64 {
-        self.root_not_after
+        self.inner.load().issuing.not_after
     }
 
     /// Whether the next issuing certificate can be made here.
     pub fn has_root_key(&self) -> bool {
-        self.root_key.is_some()
+        self.inner.load().issuing.key.is_some()
     }
 
     /// When the issuing certificate ends, in unix seconds.
     pub fn issuing_not_after(&self) -> i64 {
-        unix(self.issuing.read().not_after)
+        self.inner.load().issuing.issuing.read().as_ref().map_or(0, |issuing| unix(issuing.not_after))
     }
 
     /// Makes a new issuing certificate when half of the present one's life has passed.
     ///
     /// # Errors
     /// When it is due and cannot be made; the present one stays in use.
-    pub fn rotate(&self, trust_domain: &str) -> Result<(), CaError> {
-        if self.clock.now() < self.issuing.read().renew_at || self.root_key.is_none() {
-            return Ok(());
+    pub fn rotate(&self) -> Result<(), CaError> {
+        for line in self.inner.load().trusted() {
+            let due = line.issuing.read().as_ref().is_some_and(|issuing| self.clock.now() >= issuing.renew_at);
+            if due && line.key.is_some() {
+                let next = line.load_issuing(&self.directory, &self.trust_domain, &self.clock)?;
+                *line.issuing.write() = Some(Arc::new(next));
+            }
         }
-        let next =
-            Self::load_issuing(&self.directory, &self.root, self.root_key.as_deref(), trust_domain, &self.clock)?;
-        *self.issuing.write() = Arc::new(next);
         Ok(())
     }
 
@@ -218,7 +365,13 @@ impl Authority {
         let uri = id.to_string().try_into().map_err(CaError::Signing)?;
         params.subject_alt_names = vec![SanType::URI(uri)];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-        self.sign(params, &key.spki)
+        let inner = self.inner.load();
+        let mut issued = self.sign(&inner.issuing, params, &key.spki)?;
+        if inner.trust.trusted.len() > 1 {
+            // For peers that cannot be told of the new root before they meet it.
+            issued.chain.extend(inner.issuing.cross.clone());
+        }
+        Ok(issued)
     }
 
     /// Issues a certificate for the control plane's own door, with a new key.
@@ -230,21 +383,31 @@ impl Authority {
         let mut params = leaf_params(self.clock.now(), SERVER_LIFETIME);
         params.subject_alt_names = vec![SanType::DnsName(name.try_into().map_err(CaError::Signing)?)];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        let mut issued = self.sign(params, &key)?;
-        // The root travels too: a joining proxy knows only the hash of its key.
-        issued.chain.push(self.root.clone());
+        let inner = self.inner.load();
+        let line = &inner.issuing;
+        let mut issued = self.sign(line, params, &key)?;
+        // The root travels too: a joining proxy knows only the hash of its key, or of the key of a root before.
+        issued.chain.push(line.root.clone());
+        issued.chain.extend(inner.way_here());
         Ok((issued, PrivatePkcs8KeyDer::from(key.serialize_der()).into()))
     }
 
-    fn sign(&self, mut params: CertificateParams, key: &impl rcgen::PublicKeyData) -> Result<Issued, CaError> {
-        let issuing = self.issuing.read().clone();
+    fn sign(
+        &self,
+        line: &Line,
+        mut params: CertificateParams,
+        key: &impl rcgen::PublicKeyData,
+    ) -> Result<Issued, CaError> {
+        let away = || CaError::RootKeyAway(line::files(&self.directory, line.number)[0].clone());
+        let issuing = line.issuing.read().clone().ok_or_else(away)?;
         if self.clock.now() >= issuing.not_after {
-            return Err(CaError::RootKeyAway(self.directory.join("root.pem")));
+            return Err(away());
         }
         params.not_after = params.not_after.min(OffsetDateTime::from(issuing.not_after));
         let not_after = params.not_after.unix_timestamp();
         let certificate = params.signed_by(key, &issuing.issuer)?;
-        Ok(Issued { chain: vec![certificate.der().clone(), issuing.certificate.clone()], not_after })
+        let chain = vec![certificate.der().clone(), issuing.certificate.clone()];
+        Ok(Issued { chain, not_after, number: line.number })
     }
 }
 
@@ -378,8 +541,12 @@ fn unix(time: SystemTime) -> i64 {
 }
 
 fn write_pair(path: &Path, certificate: &CertificateDer<'_>, key: &[u8]) -> Result<(), CaError> {
-    let text = format!("{}{}", pem("CERTIFICATE", certificate), pem("PRIVATE KEY", key));
+    let text = format!("{}{}", pem("CERTIFICATE", certificate), private_key_of(key));
     crate::file::replace(path, 0o600, text.as_bytes()).map_err(|source| CaError::Io { path: path.to_owned(), source })
+}
+
+fn private_key_of(pkcs8: &[u8]) -> String {
+    pem("PRIVATE KEY", pkcs8)
 }
 
 fn pem(label: &str, der: &[u8]) -> String {
@@ -407,115 +574,4 @@ fn read_pair(path: &Path) -> Result<(CertificateDer<'static>, Option<Vec<u8>>), 
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::atomic::{AtomicI64, Ordering};
-
-    fn id() -> SpiffeId {
-        SpiffeId::parse("spiffe://mesh.internal/ns/default/sa/web").unwrap()
-    }
-
-    fn request(change: impl FnOnce(&mut CertificateParams)) -> Vec<u8> {
-        let mut params = CertificateParams::default();
-        change(&mut params);
-        params.serialize_request(&KeyPair::generate().unwrap()).unwrap().der().to_vec()
-    }
-
-    fn uri(text: &str) -> SanType {
-        SanType::URI(text.try_into().unwrap())
-    }
-
-    #[test]
-    fn a_leaf_has_the_granted_name_alone() {
-        let directory = tempfile::tempdir().unwrap();
-        let authority = Authority::open(directory.path(), "mesh.internal", Clock::default()).unwrap();
-        let key = requested_key(&request(|_| {}), &id()).unwrap();
-        let issued = authority.issue(&key, &id(), Duration::from_secs(60)).unwrap();
-        assert_eq!(issued.chain.len(), 2);
-        let (_, leaf) = X509Certificate::from_der(&issued.chain[0]).unwrap();
-        let names = leaf.subject_alternative_name().unwrap().unwrap();
-        assert!(names.critical);
-        let wanted = id().to_string();
-        assert_eq!(names.value.general_names, [GeneralName::URI(&wanted)]);
-        assert!(leaf.subject().iter().next().is_none());
-        assert!(!leaf.is_ca());
-        let usage = leaf.extended_key_usage().unwrap().unwrap().value;
-        assert!(usage.client_auth && usage.server_auth);
-        assert!(leaf.key_usage().unwrap().unwrap().value.digital_signature());
-        assert!(leaf.raw_serial().len() >= 8);
-        let life = leaf.validity().not_after.timestamp() - leaf.validity().not_before.timestamp();
-        assert_eq!(life, 60 + 15 * 60);
-        assert_eq!(leaf.validity().not_after.timestamp(), issued.not_after);
-    }
-
-    #[test]
-    fn the_root_stays_and_its_files_are_private() {
-        use std::os::unix::fs::PermissionsExt;
-        let directory = tempfile::tempdir().unwrap();
-        let open = || Authority::open(directory.path(), "mesh.internal", Clock::default()).unwrap();
-        assert_eq!(open().root_sha256(), open().root_sha256());
-        for name in ["root.pem", "issuing.pem"] {
-            let mode = directory.path().join(name).metadata().unwrap().permissions().mode();
-            assert_eq!(mode & 0o777, 0o600, "{name}");
-        }
-    }
-
-    #[test]
-    fn the_issuing_certificate_rotates_at_half_of_its_life() {
-        let directory = tempfile::tempdir().unwrap();
-        let offset = Arc::new(AtomicI64::new(0));
-        let authority = Authority::open(directory.path(), "mesh.internal", Clock::shifted(offset.clone())).unwrap();
-        let first = authority.issuing_not_after();
-        authority.rotate("mesh.internal").unwrap();
-        assert_eq!(authority.issuing_not_after(), first);
-        offset.store(50 * 24 * 3600, Ordering::Relaxed);
-        authority.rotate("mesh.internal").unwrap();
-        assert!(authority.issuing_not_after() > first + 40 * 24 * 3600);
-    }
-
-    #[test]
-    fn requests_that_ask_for_more_than_a_key_are_refused() {
-        let granted = id().to_string();
-        let good = |csr: &[u8]| requested_key(csr, &id()).is_ok();
-        assert!(good(&request(|params| params.subject_alt_names = vec![uri(&granted)])));
-        let wrong: Vec<Vec<SanType>> = vec![
-            vec![uri("spiffe://mesh.internal/ns/other/sa/web")],
-            vec![uri(&granted), uri("spiffe://mesh.internal/ns/other/sa/web")],
-            vec![uri(&granted), SanType::DnsName("control.mesh.internal".try_into().unwrap())],
-            vec![uri("spiffe://mesh.internal/*")],
-        ];
-        for names in wrong {
-            let csr = request(|params| params.subject_alt_names = names.clone());
-            assert!(matches!(requested_key(&csr, &id()), Err(CsrError::Names(_))), "{names:?}");
-        }
-        let csr = request(|params| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained));
-        assert_eq!(requested_key(&csr, &id()).err(), Some(CsrError::Authority));
-    }
-
-    #[test]
-    fn damaged_and_oversized_requests_are_refused() {
-        let csr = request(|_| {});
-        assert_eq!(requested_key(&vec![0x30; 1 << 20], &id()).err(), Some(CsrError::TooLong));
-        for cut in 0..csr.len() {
-            assert!(requested_key(&csr[..cut], &id()).is_err());
-        }
-        let mut flipped = csr.clone();
-        let last = flipped.len() - 1;
-        flipped[last] ^= 1;
-        assert!(matches!(requested_key(&flipped, &id()), Err(CsrError::Signature | CsrError::Malformed)));
-        let mut longer = csr;
-        longer.push(0);
-        assert_eq!(requested_key(&longer, &id()).err(), Some(CsrError::Malformed));
-    }
-
-    #[test]
-    fn other_kinds_of_keys() {
-        let with = |key: KeyPair| CertificateParams::default().serialize_request(&key).unwrap().der().to_vec();
-        for algorithm in [&rcgen::PKCS_ED25519, &rcgen::PKCS_ECDSA_P384_SHA384] {
-            let csr = with(KeyPair::generate_for(algorithm).unwrap());
-            assert!(requested_key(&csr, &id()).is_ok(), "{algorithm:?}");
-        }
-        let rsa = KeyPair::generate_rsa_for(&rcgen::PKCS_RSA_SHA256, rcgen::RsaKeySize::_2048).unwrap();
-        assert!(requested_key(&with(rsa), &id()).is_ok());
-    }
-}
+mod tests;

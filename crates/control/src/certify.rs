@@ -83,6 +83,8 @@ impl Identity {
             token: None,
             enrollment: None,
             addresses: Vec::new(),
+            root: issued.number,
+            left: false,
         };
         let record = match grant {
             Grant::Local { uid, enrollment } => Attested { uid: Some(uid), enrollment, ..attested },
@@ -96,7 +98,7 @@ impl Identity {
         self.record(&uid, record).await.map_err(|error| Status::unavailable(error.to_string()))?;
         let response = CertifyResponse {
             chain: issued.chain.into_iter().map(|certificate| certificate.to_vec().into()).collect(),
-            trust: Some(control.trust_bundle(&compiled.mesh.trust_domain)),
+            trust: Some(control.trust_bundle()),
             mesh: Some(sheer_core::compile::mesh_of(&compiled)),
             uid: uid.clone(),
             control: control.advertised().to_vec(),
@@ -116,7 +118,7 @@ impl Identity {
             }),
             Origin::Remote { .. } => {
                 let token = JoinToken::parse(token).inspect_err(|_| self.control.guesses.count(peer.ip()))?;
-                if token.root_sha256 != self.control.authority.root_sha256() {
+                if !self.control.authority.is_pinned(&token.root_sha256) {
                     self.control.guesses.count(peer.ip());
                     return Err(AttestError::Foreign);
                 }
@@ -149,13 +151,20 @@ impl Identity {
         }
         let record: Option<Attested> = self.control.store.read(Table::Certificates, uid)?;
         let record = record.filter(|record| record.identity == id.to_string());
-        if certificate.expired(self.control.clock.unix()) {
+        let ended = certificate.expired(self.control.clock.unix());
+        if ended || !certificate.trusted {
             let Some(record) = record else { return Err(AttestError::Ended) };
             // Same key in the old certificate, in its record and in the request.
             if record.key_sha256 != certificate.key_sha256 || record.key_sha256 != key {
                 return Err(AttestError::Ended);
             }
-            tracing::warn!(%uid, ended = certificate.not_after, "an ended certificate is renewed within its grace");
+            match ended {
+                true => {
+                    let ended = certificate.not_after;
+                    tracing::warn!(%uid, ended, "an ended certificate is renewed within its grace");
+                }
+                false => tracing::info!(%uid, "a certificate under a former root is renewed"),
+            }
             return Ok(Grant::Renewal(record));
         }
         // A new name carries the limits under which its identity joined; none are on record after a restored backup.
@@ -168,6 +177,8 @@ impl Identity {
             token: None,
             enrollment: None,
             addresses: Vec::new(),
+            root: self.control.authority.trust().issuing,
+            left: false,
         })))
     }
 
@@ -228,6 +239,7 @@ impl Identity {
 
 impl Attested {
     fn renewed(self, issued: Attested) -> Self {
-        Self { identity: issued.identity, key_sha256: issued.key_sha256, not_after: issued.not_after, ..self }
+        let Attested { identity, key_sha256, not_after, root, left, .. } = issued;
+        Self { identity, key_sha256, not_after, root, left, ..self }
     }
 }

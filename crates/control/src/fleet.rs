@@ -5,10 +5,14 @@
 //! cannot reach it either, and never more than a fifth of a service that way. Registrations are stored; after a start
 //! they hold for a minute, so that a restart of the control plane takes nobody's endpoints away.
 
+mod following;
+
 use crate::Control;
 use crate::attest::{Attested, Origin, Peer};
 use crate::registration::{Refusal, Stored, grant};
+use crate::rotation::InForce;
 use crate::store::{StoreError, Table};
+use crate::tls::Certificate;
 use parking_lot::Mutex;
 use sheer_core::api::{PortView, RefusedView, WorkloadState, WorkloadView};
 use sheer_core::compile::{Registered, warnings_for};
@@ -110,6 +114,8 @@ struct Member {
     reports: HashMap<String, Instant>,
     warnings: Vec<String>,
     refused: Vec<RefusedView>,
+    /// What its proxy works with, as it said on its present stream.
+    in_force: Option<InForce>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +173,7 @@ impl Fleet {
                 reports: HashMap::new(),
                 warnings: Vec::new(),
                 refused: Vec::new(),
+                in_force: None,
             };
             if let Some(registered) = member.registered(&uid) {
                 control.keep_addresses(control.state.upsert(registered));
@@ -339,9 +346,11 @@ impl Fleet {
                     reports: HashMap::new(),
                     warnings: warnings.clone(),
                     refused,
+                    in_force: None,
                 },
             )
         };
+        self.note_here(control, &uid);
         if before.is_none_or(|before| before.stored != stored) {
             store_later(control, &uid, stored);
         }
@@ -387,11 +396,16 @@ impl Fleet {
                 let (fleet, control, uid) = (self.clone(), control.clone(), uid.to_owned());
                 tokio::spawn(async move {
                     tokio::time::sleep(RETURN).await;
+                    let mut left = false;
                     fleet.change(&control, &uid, session, |member| {
                         if member.phase == Phase::Closed {
                             member.enter(Phase::Gone);
+                            left = true;
                         }
                     });
+                    if left {
+                        fleet.note_left(&control, &uid);
+                    }
                 });
             }
             Phase::Silent => self.judge(control, uid),
@@ -407,6 +421,7 @@ impl Fleet {
         tracing::info!(%uid, reason = %reason.escape_default(), "a workload left");
         self.change(control, uid, session, |member| member.enter(Phase::Gone));
         control.telemetry.left(uid);
+        self.note_left(control, uid);
         let key = uid.to_owned();
         control.store.write_later(move |transaction| transaction.remove(Table::Registrations, &key));
     }
@@ -716,6 +731,10 @@ impl Attached {
             return Ok(());
         }
         let Some(uid) = &self.uid else {
+            // Said beside every registration, also beside one that was refused.
+            if let proxy_report::Body::Trust(_) = body {
+                return Ok(());
+            }
             return Err(Status::failed_precondition("the first report must be a registration"));
         };
         match body {
@@ -735,6 +754,7 @@ impl Attached {
                 control.telemetry.take(uid, telemetry, &control.clock);
             }
             proxy_report::Body::Unreachable(unreachable) => fleet.unreachable(&control, uid, &unreachable.workload),
+            proxy_report::Body::Trust(trust) => fleet.note_in_force(uid, self.session, trust),
         }
         Ok(())
     }
@@ -745,6 +765,11 @@ impl Control {
     pub(crate) fn admit(&self, peer: &Peer) -> Result<(), Status> {
         match &peer.origin {
             Origin::Local { .. } => Ok(()),
+            Origin::Remote { certificate: Some(certificate) } if !self.is_under_trusted_root(certificate) => {
+                Err(Status::unauthenticated(
+                    "the certificate is under a root that was replaced; renew it with Certify first",
+                ))
+            }
             Origin::Remote { certificate: Some(certificate) } if !certificate.expired(self.clock.unix()) => Ok(()),
             Origin::Remote { certificate: Some(_) } => {
                 Err(Status::unauthenticated("the certificate has ended; renew it with Certify first"))
@@ -755,12 +780,21 @@ impl Control {
         }
     }
 
-    /// Whether an open stream may go on: its certificate has not ended, or its workload has a newer one by now.
+    fn is_under_trusted_root(&self, certificate: &Certificate) -> bool {
+        certificate.trusted && self.authority.is_trusted(certificate.root)
+    }
+
+    /// Whether an open stream may go on: its certificate has not ended and its root is trusted, or its workload has a
+    /// newer one by now, for the same key.
     pub(crate) fn admit_still(&self, peer: &Peer, uid: Option<&str>) -> Result<(), Status> {
         self.admit(peer).or_else(|status| {
-            let now = self.clock.unix();
-            let renewed = uid.and_then(|uid| self.fleet.attested(uid)).is_some_and(|it| now < it.not_after);
-            if renewed { Ok(()) } else { Err(status) }
+            let Origin::Remote { certificate: Some(certificate) } = &peer.origin else { return Err(status) };
+            let newer = uid.and_then(|uid| self.fleet.attested(uid)).is_some_and(|it| {
+                self.clock.unix() < it.not_after
+                    && self.authority.is_trusted(it.root)
+                    && it.key_sha256 == certificate.key_sha256
+            });
+            if newer { Ok(()) } else { Err(status) }
         })
     }
 

@@ -5,6 +5,7 @@
 //! - [`push`]: delta discovery streams to proxies.
 //! - [`fleet`], [`registration`]: which workloads there are, and what they may claim.
 //! - [`ca`], [`certify`], [`attest`], [`tls`]: certificates, and who gets them.
+//! - `rotation`: how the root is replaced.
 //! - [`store`]: what survives a restart.
 //! - [`telemetry`], [`status`]: what people are shown, by the HTTP API (see `sheer_core::api`).
 //! - [`documents`]: what `sheer apply` writes.
@@ -24,6 +25,7 @@ pub mod fleet;
 mod listen;
 pub mod push;
 pub mod registration;
+mod rotation;
 mod seldom;
 pub mod source;
 pub mod state;
@@ -42,12 +44,11 @@ use listen::Doorway;
 pub use listen::Line;
 use parking_lot::Mutex;
 use push::Hub;
-use rustls_pki_types::CertificateDer;
+pub use rotation::{RotationError, Trust};
 use seldom::Seldom;
 use sheer_core::api::{Applied, TokenRequest, TokenView, WorkloadView};
 use sheer_core::compile::{Compiled, Registered, Source};
 use sheer_core::name::ServiceName;
-use sheer_core::wire::v1::TrustBundle;
 use source::directory::Directory;
 use state::{Assigned, Book, State};
 use std::collections::BTreeSet;
@@ -166,6 +167,9 @@ pub struct Control {
     state_directory: PathBuf,
     started: i64,
     trust_domain: String,
+    /// One change of the roots at a time.
+    rotating: tokio::sync::Mutex<()>,
+    publishing: Mutex<()>,
     /// The trust domain of the configuration, where it is another one.
     wanted_trust_domain: Mutex<Option<String>>,
 }
@@ -193,7 +197,12 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
     let directory = directory(&options.config, Some(options.state.join(KEPT)));
     let compiled = directory.load().unwrap_or_default();
     let trust_domain = compiled.mesh.trust_domain.clone();
-    let authority = Arc::new(Authority::open(&options.state, &trust_domain, clock.clone())?);
+    let trust = Trust::open(&store, &options.state, clock.unix())?;
+    let authority = Arc::new(Authority::open(&options.state, &trust_domain, clock.clone(), &trust)?);
+    if trust.rotation.is_none() {
+        // A kill may have come between the end of a rotation and this.
+        authority.tidy(&trust)?;
+    }
     let door = Door::new(authority.clone(), clock.clone(), &trust_domain);
     let tls = door.config()?;
 
@@ -241,6 +250,8 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
         stopped: stopped.clone(),
         state_directory: options.state.clone(),
         trust_domain,
+        rotating: tokio::sync::Mutex::default(),
+        publishing: Mutex::default(),
         wanted_trust_domain: Mutex::default(),
     });
     control.reconfigure(compiled);
@@ -303,12 +314,13 @@ pub fn create_token(state: &Path, config: &Path, request: &TokenRequest) -> Resu
     let clock = Clock::default();
     let store = Store::open(state)?;
     let compiled = Directory::keeping(config, Some(state.join(KEPT))).load().unwrap_or_default();
-    let authority = Authority::open(state, &compiled.mesh.trust_domain, clock.clone())?;
+    let trust = Trust::open(&store, state, clock.unix())?;
+    let authority = Authority::open(state, &compiled.mesh.trust_domain, clock.clone(), &trust)?;
     if request.control.is_empty() {
         let what = "name the control plane's address, since it does not run: --advertise HOST:PORT".to_owned();
         return Err(TokenRefused::Malformed(what).into());
     }
-    let root = authority.root_sha256();
+    let root = authority.pin();
     let (view, record) = make_token(request, &compiled, root, request.control.clone(), clock.unix())?;
     let id = view.id.clone();
     store.write_now::<_, StoreError>(move |transaction| record.store(transaction, &id))?;
@@ -473,21 +485,9 @@ impl Control {
         let wanted = std::mem::replace(&mut compiled.mesh.trust_domain, self.trust_domain.clone());
         *self.wanted_trust_domain.lock() = other.then_some(wanted);
         self.door.grace_s.store(compiled.mesh.renewal_grace.as_secs(), Ordering::Relaxed);
-        let trust = self.trust_bundle(&compiled.mesh.trust_domain);
         let assigned = self.state.reconfigure(Arc::new(compiled));
         self.keep_addresses(assigned);
-        self.state.trust(trust);
-    }
-
-    /// Whom the mesh trusts.
-    fn trust_bundle(&self, trust_domain: &str) -> TrustBundle {
-        let root: &CertificateDer<'static> = self.authority.root();
-        TrustBundle {
-            trust_domain: trust_domain.to_owned(),
-            roots: vec![root.to_vec().into()],
-            sequence: 1,
-            requires: Vec::new(),
-        }
+        self.publish_trust();
     }
 
     /// Where proxies elsewhere reach this control plane.
@@ -549,7 +549,7 @@ impl Control {
             let mend = "start the control plane with --proxy-listen";
             return Err(TokenRefused::Malformed(format!("no proxy can connect from elsewhere: {mend}")));
         }
-        let root = self.authority.root_sha256();
+        let root = self.authority.pin();
         let (view, record) = make_token(request, &self.state.compiled(), root, addresses, self.clock.unix())?;
         let id = view.id.clone();
         self.store.write::<_, StoreError>(move |transaction| record.store(transaction, &id)).await?;
@@ -605,10 +605,11 @@ impl Control {
             second.tick().await;
             ticks += 1;
             self.fleet.tend(&self);
+            self.tend_roots().await;
             if ticks.is_multiple_of(60) {
                 self.telemetry.tend(&self.clock);
                 self.fleet.forget_certificates(&self, self.state.compiled().mesh.renewal_grace);
-                if let Err(error) = self.authority.rotate(&self.trust_domain) {
+                if let Err(error) = self.authority.rotate() {
                     tracing::error!(%error, "the issuing certificate could not be renewed");
                 }
                 if let Err(error) = attest::forget_tokens(&self.store, &self.clock).await {

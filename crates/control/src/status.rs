@@ -4,8 +4,8 @@ use crate::Control;
 use crate::attest::for_people;
 use crate::documents;
 use sheer_core::api::{
-    Check, EdgeRow, Finding, Level, MeshView, Outcome, PortView, ServiceView, Stat, StatRow, WorkloadState,
-    WorkloadView,
+    Check, EdgeRow, Finding, Level, MeshView, Outcome, PortView, RotationStep, ServiceView, Stat, StatRow,
+    WorkloadState, WorkloadView,
 };
 use sheer_core::compile::{allowed_accounts, endpoints_of, service_names, service_of};
 use sheer_core::diagnostic::Diagnostic;
@@ -215,11 +215,12 @@ fn authority(control: &Control) -> Vec<Finding> {
         },
         left if left < year => Finding {
             why: "all workloads must trust another root before it ends".to_owned(),
-            mend: "plan a move to a new --state directory".to_owned(),
+            mend: "`sheer identity rotate` replaces it without a failed request".to_owned(),
             ..finding(Level::Warn, "root", "root.pem", format!("the root certificate ends in {}", for_people(left)))
         },
         left => finding(Level::Ok, "root", "root.pem", format!("the root certificate ends in {}", for_people(left))),
     });
+    findings.extend(rotation(control));
     let left = control.authority.issuing_not_after() - now;
     if !control.authority.has_root_key() {
         let level = if left < 14 * 24 * 3600 { Level::Error } else { Level::Warn };
@@ -230,6 +231,34 @@ fn authority(control: &Control) -> Vec<Finding> {
         });
     }
     findings
+}
+
+/// A rotation that waits for somebody is told with whom, once a minute has passed.
+fn rotation(control: &Control) -> Option<Finding> {
+    const PATIENCE_S: i64 = 60;
+    let rotation = control.identity().rotation?;
+    let step = match rotation.step {
+        RotationStep::Spread => "the new root is told to the proxies",
+        RotationStep::Renew => "certificates are renewed under the new root",
+        RotationStep::Drop => "proxies are told to trust the old root no longer",
+    };
+    let what = match rotation.back {
+        false => format!("the root is being replaced: {step} ({} of {})", rotation.done, rotation.of),
+        true => format!("a rotation of the root was aborted and goes back ({} of {})", rotation.done, rotation.of),
+    };
+    let late = control.clock.unix() - rotation.step_began >= PATIENCE_S;
+    let Some(first) = rotation.waiting.first().filter(|_| late) else {
+        return Some(finding(Level::Ok, "root", "rotation", what));
+    };
+    let absent = rotation.waiting.iter().all(|it| it.until > 0);
+    Some(Finding {
+        why: format!("it waits for {} workload(s): {}: {}", rotation.waiting.len(), first.workload, first.why),
+        mend: match absent {
+            true => "bring them back, or let it go on with `sheer identity rotate --without-absent`".to_owned(),
+            false => "look at their logs, restart or upgrade them; `sheer identity abort` takes it back".to_owned(),
+        },
+        ..finding(Level::Warn, "root", "rotation", what)
+    })
 }
 
 fn certificates(control: &Control, workloads: &[WorkloadView]) -> Vec<Finding> {

@@ -36,6 +36,10 @@ pub struct Certificate {
     pub not_after: i64,
     /// SHA-256 of its subject public key info, in hex.
     pub key_sha256: String,
+    /// The number of its root.
+    pub root: u64,
+    /// Whether that is trusted. Under one that was replaced it can be renewed, and nothing else.
+    pub trusted: bool,
 }
 
 impl Certificate {
@@ -67,7 +71,7 @@ pub enum PeerError {
 /// # Errors
 /// [`PeerError`].
 pub fn verify(
-    root: &CertificateDer<'_>,
+    roots: &[CertificateDer<'_>],
     leaf: &CertificateDer<'_>,
     intermediates: &[CertificateDer<'_>],
     now: i64,
@@ -77,7 +81,8 @@ pub fn verify(
         return Err(PeerError::TooLong);
     }
     let certificate = identity_of(leaf)?;
-    let anchors = [webpki::anchor_from_trusted_cert(root).map_err(PeerError::Untrusted)?];
+    let anchors: Vec<_> =
+        roots.iter().map(webpki::anchor_from_trusted_cert).collect::<Result<_, _>>().map_err(PeerError::Untrusted)?;
     let grace = i64::try_from(grace.as_secs()).unwrap_or(i64::MAX);
     let as_of = if certificate.expired(now) && now <= certificate.not_after.saturating_add(grace) {
         certificate.not_after - 1
@@ -103,6 +108,13 @@ pub fn verify(
     Ok(certificate)
 }
 
+/// Whether a leaf's chain ends in this root, whatever the time.
+pub(crate) fn chains(root: &CertificateDer<'_>, leaf: &CertificateDer<'_>, above: &[CertificateDer<'_>]) -> bool {
+    let Ok(certificate) = identity_of(leaf) else { return false };
+    let as_of = certificate.not_after - 1;
+    verify(std::slice::from_ref(root), leaf, above, as_of, Duration::ZERO).is_ok()
+}
+
 /// The identity in a leaf (X.509-SVID, sections 2 and 4): exactly one URI, a workload's SPIFFE ID; no authority.
 fn identity_of(leaf: &CertificateDer<'_>) -> Result<Certificate, PeerError> {
     let (_, parsed) = X509Certificate::from_der(leaf).map_err(|_| PeerError::Malformed)?;
@@ -116,6 +128,8 @@ fn identity_of(leaf: &CertificateDer<'_>) -> Result<Certificate, PeerError> {
         id: SpiffeId::parse(uri).map_err(|_| PeerError::NoIdentity)?,
         not_after: parsed.validity().not_after.timestamp(),
         key_sha256: hex(&Sha256::digest(parsed.public_key().raw)),
+        root: 0,
+        trusted: true,
     })
 }
 
@@ -168,7 +182,15 @@ impl Door {
 
     /// The certificate that a connection was verified with, once its handshake is done.
     pub fn peer(&self, chain: Option<&[CertificateDer<'_>]>) -> Option<Certificate> {
-        identity_of(chain?.first()?).ok()
+        let (leaf, above) = chain?.split_first()?;
+        let certificate = identity_of(leaf).ok()?;
+        let (root, trusted) = self.authority.line_of(leaf, above).unwrap_or_default();
+        Some(Certificate { root, trusted, ..certificate })
+    }
+
+    /// Has another certificate made for the next connection.
+    pub(crate) fn renew(&self) {
+        self.certificate.store(None);
     }
 
     fn certificate(&self) -> Option<Arc<(CertifiedKey, i64)>> {
@@ -242,7 +264,7 @@ impl ClientCertVerifier for Verifier {
         _now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let grace = Duration::from_secs(self.0.grace_s.load(Ordering::Relaxed));
-        match verify(self.0.authority.root(), leaf, intermediates, self.0.clock.unix(), grace) {
+        match verify(&self.0.authority.known_roots(), leaf, intermediates, self.0.clock.unix(), grace) {
             Ok(_) => Ok(ClientCertVerified::assertion()),
             Err(error) => {
                 if let Some(left_out) = self.0.refusals.admit() {
@@ -288,6 +310,7 @@ impl ClientCertVerifier for Verifier {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Trust;
     use crate::ca::requested_key;
 
     fn issue(authority: &Authority, lifetime: u64) -> Vec<CertificateDer<'static>> {
@@ -302,11 +325,11 @@ mod tests {
     fn an_ended_certificate_verifies_within_the_grace_only() {
         let directory = tempfile::tempdir().unwrap();
         let clock = Clock::default();
-        let authority = Authority::open(directory.path(), "mesh.internal", clock.clone()).unwrap();
+        let authority = Authority::open(directory.path(), "mesh.internal", clock.clone(), &Trust::default()).unwrap();
         let chain = issue(&authority, 100);
         let now = clock.unix();
         let verify_at =
-            |at: i64, grace: u64| verify(authority.root(), &chain[0], &chain[1..], at, Duration::from_secs(grace));
+            |at: i64, grace: u64| verify(&authority.roots(), &chain[0], &chain[1..], at, Duration::from_secs(grace));
         let fresh = verify_at(now, 0).unwrap();
         assert_eq!(fresh.id.to_string(), "spiffe://mesh.internal/ns/default/sa/web");
         assert!(verify_at(now + 200, 0).is_err());
@@ -320,13 +343,13 @@ mod tests {
     fn another_root_and_the_doors_own_certificate_are_refused() {
         let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let clock = Clock::default();
-        let authority = Authority::open(one.path(), "mesh.internal", clock.clone()).unwrap();
-        let foreign = Authority::open(other.path(), "mesh.internal", clock.clone()).unwrap();
+        let authority = Authority::open(one.path(), "mesh.internal", clock.clone(), &Trust::default()).unwrap();
+        let foreign = Authority::open(other.path(), "mesh.internal", clock.clone(), &Trust::default()).unwrap();
         let chain = issue(&foreign, 100);
-        let verdict = verify(authority.root(), &chain[0], &chain[1..], clock.unix(), Duration::ZERO);
+        let verdict = verify(&authority.roots(), &chain[0], &chain[1..], clock.unix(), Duration::ZERO);
         assert!(matches!(verdict, Err(PeerError::Untrusted(_))), "{verdict:?}");
         let (server, _) = authority.issue_server("control.mesh.internal").unwrap();
-        let verdict = verify(authority.root(), &server.chain[0], &server.chain[1..2], clock.unix(), Duration::ZERO);
+        let verdict = verify(&authority.roots(), &server.chain[0], &server.chain[1..2], clock.unix(), Duration::ZERO);
         assert_eq!(verdict, Err(PeerError::NoIdentity));
     }
 }

@@ -17,10 +17,16 @@
 //! | `POST /api/v1/tokens` | [`TokenRequest`] | [`TokenView`] |
 //! | `POST /api/v1/consent` | [`Consent`] | [`ServiceView`] |
 //! | `POST /api/v1/links` | | [`Link`] |
+//! | `GET /api/v1/identity` | | [`IdentityView`] |
+//! | `POST /api/v1/identity/rotate` | [`Rotate`] | [`IdentityView`] |
+//! | `POST /api/v1/identity/abort` | | [`IdentityView`] |
 //!
 //! Every other status than 2xx carries a [`Failure`]. Unknown fields are ignored by both sides, so that a command line
 //! may be one release older or newer than its control plane.
 
+mod identity;
+
+pub use identity::{IdentityView, RootState, RootView, Rotate, RotatedView, RotationStep, RotationView, WaitingView};
 use serde::{Deserialize, Serialize};
 
 /// Why a call failed, and what to do.

@@ -97,6 +97,8 @@ pub(crate) enum Command {
     Demo(cmd::demo::Args),
     /// Make join tokens for workloads of other hosts
     Token(cmd::token::Args),
+    /// Replace the root above all identities, or see how far that is
+    Identity(cmd::identity::Args),
 }
 
 impl Command {
@@ -129,6 +131,7 @@ impl Command {
             Self::Control(args) => cmd::control::run(args),
             Self::Demo(args) => cmd::demo::run(args),
             Self::Token(args) => cmd::token::run(args),
+            Self::Identity(args) => cmd::identity::run(args),
         }
     }
 }

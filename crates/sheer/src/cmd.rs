@@ -11,6 +11,7 @@ pub(crate) mod diff;
 pub(crate) mod edges;
 pub(crate) mod exec;
 pub(crate) mod get;
+pub(crate) mod identity;
 pub(crate) mod lint;
 pub(crate) mod proxy;
 pub(crate) mod run;
