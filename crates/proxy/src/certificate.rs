@@ -9,9 +9,12 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_sig
 use rustls::pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible, SignatureScheme};
+use sha2::{Digest, Sha256};
 use std::error::Error as StdError;
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 /// Which peers are admitted.
 pub(crate) trait Rule: Debug + Send + Sync {
@@ -51,6 +54,23 @@ impl Presented<'_> {
             .map_err(refused)?;
         Ok(certificate)
     }
+}
+
+/// Whether a chain (leaf first) ends in one of the anchors, whatever the time.
+pub(crate) fn leads_to(chain: &[CertificateDer<'_>], anchors: &[TrustAnchor<'_>]) -> bool {
+    let Some((leaf, above)) = chain.split_first() else { return false };
+    let Ok((_, parsed)) = X509Certificate::from_der(leaf) else { return false };
+    let Ok(end) = u64::try_from(parsed.validity().not_after.timestamp()) else { return false };
+    let within = UnixTime::since_unix_epoch(Duration::from_secs(end.saturating_sub(1)));
+    let Ok(leaf) = webpki::EndEntityCert::try_from(leaf) else { return false };
+    let algorithms = rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.all;
+    leaf.verify_for_usage(algorithms, anchors, above, within, webpki::KeyUsage::client_auth(), None, None).is_ok()
+}
+
+/// SHA-256 of a certificate's subject public key info.
+pub(crate) fn key_hash(certificate: &CertificateDer<'_>) -> Option<[u8; 32]> {
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    Some(Sha256::digest(parsed.public_key().raw).into())
 }
 
 /// What is wrong with a certificate, as rustls says it.

@@ -23,8 +23,9 @@ use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA25
 use sheer_core::token::{JoinToken, TokenError};
 use sheer_core::wire::v1;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::sync::{Notify, watch};
 use tonic::Code;
 
@@ -155,6 +156,8 @@ pub struct Keeper {
     published: Arc<ArcSwapOption<Credentials>>,
     trust: watch::Receiver<Option<v1::TrustBundle>>,
     renew: Arc<Notify>,
+    /// When it is this one's turn to renew because the root is being replaced.
+    turn: Option<SystemTime>,
     metrics: Arc<Metrics>,
     outside: Arc<dyn Outside>,
 }
@@ -173,7 +176,8 @@ impl Keeper {
         let (held, _) = watch::channel(None);
         let stored = Stored::default();
         let renew = Arc::new(Notify::new());
-        let mut keeper = Self { wanted, directory, stored, held, published, trust, renew, metrics, outside };
+        let mut keeper =
+            Self { wanted, directory, stored, held, published, trust, renew, turn: None, metrics, outside };
         keeper.load();
         keeper
     }
@@ -195,6 +199,8 @@ impl Keeper {
         let mut next = self.outside.now();
         let mut before = next;
         let mut wanted = false;
+        // A change of trust is taken while a control plane is asked.
+        let mut asking: Option<Asking> = None;
         loop {
             let now = self.outside.now();
             let jumped = now.duration_since(before).map_or(true, |passed| passed > 5 * TICK);
@@ -203,29 +209,36 @@ impl Keeper {
                 next = now;
             }
             let held = self.held.borrow().clone();
-            if (wanted || held.as_ref().is_none_or(|held| now >= held.renew_at())) && now >= next {
-                match self.certify().await {
-                    Ok(()) => {
-                        (failures, wanted) = (0, false);
-                        next = now + LAST_PAUSE_WITHOUT;
-                    }
-                    Err(error) if held.is_none() && error.is_final() => return error,
-                    Err(error) => {
-                        failures += 1;
-                        // That nobody answers yet is told by the supervisor, once that lasts.
-                        let waits =
-                            held.is_none() && matches!(error, IdentityError::Dial(DialError::Unreachable { .. }));
-                        if (failures == 1 && !waits) || u32::is_multiple_of(failures, 10) {
-                            tracing::warn!("{error}");
-                        }
-                        let left = held.as_ref().and_then(|held| held.not_after().duration_since(now).ok());
-                        next = now + pause(failures, longest_pause(left.unwrap_or_default()));
-                    }
-                }
+            if asking.is_none() && (wanted || self.is_due(held.as_deref(), now)) && now >= next {
+                wanted = false;
+                asking = match self.key().await {
+                    Ok(()) => Some(Box::pin(self.asker(held.as_deref()).certify(held.as_ref().map(|it| it.trust())))),
+                    Err(error) => Some(Box::pin(std::future::ready(Err(error)))),
+                };
             }
             let wait = next.duration_since(self.outside.now()).map_or(TICK, |left| left.min(TICK));
-            // Both arms may be dropped: a sleep holds nothing, and receiving is cancel safe.
+            // Each arm may be dropped: a sleep holds nothing, receiving is cancel safe, and asking goes on.
             tokio::select! {
+                answer = answered(&mut asking) => {
+                    asking = None;
+                    let taken = answer.and_then(|(address, response)| self.take(&address, *response).map(|()| address));
+                    match taken {
+                        Ok(address) => {
+                            self.save().await;
+                            tracing::info!(%address, "certificate issued");
+                            // The roots may have become others since the answer was written.
+                            wanted = self.held.borrow().as_deref().is_some_and(|held| !held.is_rooted());
+                            failures = 0;
+                            next = now + LAST_PAUSE_WITHOUT;
+                        }
+                        Err(error) if held.is_none() && error.is_final() => return error,
+                        Err(error) => {
+                            wanted = true;
+                            failures += 1;
+                            next = self.outside.now() + self.after_failure(&error, failures);
+                        }
+                    }
+                }
                 () = tokio::time::sleep(wait.max(Duration::from_millis(10))) => {}
                 Ok(()) = self.trust.changed() => {
                     let bundle = self.trust.borrow_and_update().clone();
@@ -235,6 +248,33 @@ impl Keeper {
                 }
                 () = self.renew.notified() => wanted = true,
             }
+        }
+    }
+
+    /// Whether another certificate is to be asked for by itself: none is there, half of its life has passed, or it is its
+    /// turn under another root.
+    fn is_due(&self, held: Option<&Held>, now: SystemTime) -> bool {
+        held.is_none_or(|held| now >= held.renew_at() || self.turn.is_some_and(|turn| now >= turn))
+    }
+
+    /// Tells of a failure where that helps, and how long to wait after it.
+    fn after_failure(&self, error: &IdentityError, failures: u32) -> Duration {
+        let held = self.held.borrow().clone();
+        // That nobody answers yet is told by the supervisor, once that lasts.
+        let waits = held.is_none() && matches!(error, IdentityError::Dial(DialError::Unreachable { .. }));
+        if (failures == 1 && !waits) || u32::is_multiple_of(failures, 10) {
+            tracing::warn!("{error}");
+        }
+        let left = held.and_then(|held| held.not_after().duration_since(self.outside.now()).ok());
+        pause(failures, longest_pause(left.unwrap_or_default()))
+    }
+
+    fn asker(&self, held: Option<&Held>) -> Asker {
+        Asker {
+            wanted: self.wanted.clone(),
+            outside: self.outside.clone(),
+            key: self.stored.key.clone(),
+            known: held.map(|held| held.control().to_vec()).unwrap_or_default(),
         }
     }
 
@@ -265,8 +305,14 @@ impl Keeper {
         let held = Arc::new(Held::new(stored)?);
         let credentials = held.credentials()?;
         self.metrics.set_certificate_expires(credentials.not_after());
+        self.metrics.set_trust_sequence(held.trust_sequence());
         self.published.store(Some(credentials));
         self.stored = held.stored().clone();
+        // Each at its own moment, so that a large fleet does not come at once. A turn that was given stays.
+        self.turn = held.renew_within().map(|within| {
+            let turn = self.outside.now() + within.mul_f64(rand::rng().random_range(0.0..1.0));
+            self.turn.map_or(turn, |given| given.min(turn))
+        });
         self.held.send_replace(Some(held.clone()));
         Ok(held)
     }
@@ -276,6 +322,10 @@ impl Keeper {
     async fn adopt(&mut self, bundle: v1::TrustBundle) -> bool {
         let current = self.stored.trust.as_ref();
         if current == Some(&bundle) || current.is_some_and(|it| it.trust_domain != bundle.trust_domain) {
+            return false;
+        }
+        if current.is_some_and(|it| is_newer(it, &bundle)) {
+            // It came with a certificate meanwhile.
             return false;
         }
         match self.publish(Stored { trust: Some(bundle), ..self.stored.clone() }) {
@@ -296,9 +346,78 @@ impl Keeper {
         }
     }
 
-    async fn certify(&mut self) -> Result<(), IdentityError> {
-        self.key().await?;
-        let own = self.held.borrow().as_ref().map(|held| held.trust());
+    /// The key, made and stored first where there is none.
+    async fn key(&mut self) -> Result<(), IdentityError> {
+        if !self.stored.key.is_empty() {
+            return Ok(());
+        }
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        self.stored = Stored { key: key.serialize_der(), ..Stored::of(&self.wanted) };
+        self.save().await;
+        Ok(())
+    }
+
+    fn take(&mut self, address: &Address, response: v1::CertifyResponse) -> Result<(), IdentityError> {
+        // A bundle may have been taken since the answer was written.
+        let held = self.stored.trust.clone();
+        let trust = match (held, response.trust) {
+            (Some(held), Some(told)) if is_newer(&held, &told) => Some(held),
+            (_, told) => told,
+        };
+        let stored = Stored {
+            chain: response.chain.iter().map(|it| it.to_vec()).collect(),
+            trust,
+            mesh: response.mesh,
+            uid: response.uid,
+            control: response.control,
+            ..self.stored.clone()
+        };
+        let wrong = |source| IdentityError::Certificate { address: address.clone(), source };
+        let held = Held::new(stored.clone()).map_err(wrong)?;
+        let (got, wanted) = (held.id(), &self.wanted);
+        if got.namespace().as_str() != wanted.namespace || got.service_account().as_str() != wanted.service_account {
+            return Err(IdentityError::Other {
+                address: address.clone(),
+                got: got.to_string(),
+                asked: format!("ns/{}/sa/{}", wanted.namespace, wanted.service_account),
+            });
+        }
+        if !held.holds_at(self.outside.now()) {
+            return Err(IdentityError::Clock { address: address.clone() });
+        }
+        self.publish(stored).map_err(wrong)?;
+        Ok(())
+    }
+}
+
+/// An answer under way.
+type Asking = Pin<Box<dyn Future<Output = Result<(Address, Box<v1::CertifyResponse>), IdentityError>> + Send>>;
+
+/// Waits for an answer; for ever where none is under way.
+async fn answered(asking: &mut Option<Asking>) -> Result<(Address, Box<v1::CertifyResponse>), IdentityError> {
+    match asking {
+        Some(asking) => asking.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether a bundle is of a later time than another one of the same control plane.
+fn is_newer(one: &v1::TrustBundle, other: &v1::TrustBundle) -> bool {
+    one.sequence > other.sequence && one.roots.iter().any(|root| other.roots.contains(root))
+}
+
+/// Asks control planes for a certificate: all that it needs, so that the keeper can do something else meanwhile.
+struct Asker {
+    wanted: Wanted,
+    outside: Arc<dyn Outside>,
+    /// PKCS #8.
+    key: Vec<u8>,
+    /// Control planes that were named with the certificate before.
+    known: Vec<String>,
+}
+
+impl Asker {
+    async fn certify(self, own: Option<Trust>) -> Result<(Address, Box<v1::CertifyResponse>), IdentityError> {
         let has_own = own.is_some();
         match self.ask_each(own).await {
             // The own certificate is no use any more; a token may be.
@@ -315,21 +434,10 @@ impl Keeper {
         }
     }
 
-    /// The key, made and stored first where there is none.
-    async fn key(&mut self) -> Result<(), IdentityError> {
-        if !self.stored.key.is_empty() {
-            return Ok(());
-        }
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        self.stored = Stored { key: key.serialize_der(), ..Stored::of(&self.wanted) };
-        self.save().await;
-        Ok(())
-    }
-
     /// Asks every control plane in turn until one answers.
-    async fn ask_each(&mut self, own: Option<Trust>) -> Result<(), IdentityError> {
+    async fn ask_each(&self, own: Option<Trust>) -> Result<(Address, Box<v1::CertifyResponse>), IdentityError> {
         let mut addresses = self.wanted.control.clone();
-        let known = self.stored.control.iter().filter_map(|text| Address::parse(text).ok());
+        let known = self.known.iter().filter_map(|text| Address::parse(text).ok());
         let mut token = None;
         if own.is_none()
             && let Some(path) = &self.wanted.token_file
@@ -353,7 +461,7 @@ impl Keeper {
                 (Address::Tcp(_), None) => (String::new(), own.clone()),
             };
             match self.ask(&address, trust.as_ref(), text).await {
-                Ok(()) => return Ok(()),
+                Ok(response) => return Ok((address, Box::new(response))),
                 Err(error @ IdentityError::Refused { .. }) => return Err(error),
                 Err(error) => last = error,
             }
@@ -362,9 +470,14 @@ impl Keeper {
         Err(last)
     }
 
-    async fn ask(&mut self, address: &Address, trust: Option<&Trust>, token: String) -> Result<(), IdentityError> {
+    async fn ask(
+        &self,
+        address: &Address,
+        trust: Option<&Trust>,
+        token: String,
+    ) -> Result<v1::CertifyResponse, IdentityError> {
         let channel = dial(&self.outside, address, trust).await?;
-        let key = KeyPair::try_from(self.stored.key.as_slice())?;
+        let key = KeyPair::try_from(self.key.as_slice())?;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         let request = v1::CertifyRequest {
@@ -376,41 +489,11 @@ impl Keeper {
         };
         let mut client = IdentityClient::new(channel);
         let failed = |message: String| IdentityError::Failed { address: address.clone(), message };
-        let response = match tokio::time::timeout(ANSWER, client.certify(request)).await {
-            Ok(Ok(response)) => response.into_inner(),
-            Ok(Err(status)) => return Err(explain(address, &status)),
-            Err(_) => return Err(failed(format!("no answer within {} s", ANSWER.as_secs()))),
-        };
-        self.take(address, response)?;
-        self.save().await;
-        tracing::info!(%address, "certificate issued");
-        Ok(())
-    }
-
-    fn take(&mut self, address: &Address, response: v1::CertifyResponse) -> Result<(), IdentityError> {
-        let stored = Stored {
-            chain: response.chain.iter().map(|it| it.to_vec()).collect(),
-            trust: response.trust,
-            mesh: response.mesh,
-            uid: response.uid,
-            control: response.control,
-            ..self.stored.clone()
-        };
-        let wrong = |source| IdentityError::Certificate { address: address.clone(), source };
-        let held = Held::new(stored.clone()).map_err(wrong)?;
-        let (got, wanted) = (held.id(), &self.wanted);
-        if got.namespace().as_str() != wanted.namespace || got.service_account().as_str() != wanted.service_account {
-            return Err(IdentityError::Other {
-                address: address.clone(),
-                got: got.to_string(),
-                asked: format!("ns/{}/sa/{}", wanted.namespace, wanted.service_account),
-            });
+        match tokio::time::timeout(ANSWER, client.certify(request)).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(explain(address, &status)),
+            Err(_) => Err(failed(format!("no answer within {} s", ANSWER.as_secs()))),
         }
-        if !held.holds_at(self.outside.now()) {
-            return Err(IdentityError::Clock { address: address.clone() });
-        }
-        self.publish(stored).map_err(wrong)?;
-        Ok(())
     }
 }
 

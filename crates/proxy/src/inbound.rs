@@ -22,6 +22,7 @@ use crate::record::{ConnectionRecord, Line, Record, refused_connection};
 use crate::send::{self, Outgoing};
 use crate::tcp;
 use crate::upstream::dial::Place;
+use crate::upstream::ties::Tie;
 use crate::upstream::tls::{Accepted, Carried, TlsError};
 use crate::worker::Worker;
 use bytes::{Buf, Bytes, BytesMut};
@@ -77,6 +78,8 @@ struct Session {
     source: String,
     /// What its requests say of their caller.
     vouched: Vouched,
+    /// As it is judged while it is open; none of plaintext.
+    tie: Option<Rc<Tie>>,
 }
 
 /// The edges of a connection, resolved once.
@@ -217,10 +220,12 @@ async fn from_peer(worker: Rc<Worker>, stream: TcpStream, dialled: SocketAddr) {
         Ok(Err(error)) => return untrusted(&worker, dialled, &error),
         Err(_) => return turn_away(&worker, Cause::TlsFailed),
     };
-    let Accepted { io, peer, server_name, carried } = accepted;
+    let Accepted { io, peer, shown, server_name, carried } = accepted;
     let port = asked_port(&worker, &server_name);
     let vouched = Vouched::peer(&peer);
-    let session = Session::new(&worker, Who::Peer(Arc::new(peer)), vouched, port, dialled);
+    let tie = worker.pools.connector().ties().add(&io, &credentials, &shown, carried, None);
+    drop(shown);
+    let session = Session { tie, ..Session::new(&worker, Who::Peer(Arc::new(peer)), vouched, port, dialled) };
     match carried {
         Carried::Http1 => Box::pin(http(worker, io, BytesMut::new(), Spoken::Http1, session)).await,
         Carried::Http2 => Box::pin(http(worker, io, BytesMut::new(), Spoken::Http2, session)).await,
@@ -376,7 +381,7 @@ impl Session {
             Some(_) => Place::Application(worker.application(port)),
             None => Place::Application(SocketAddr::new(dialled.ip(), port)),
         });
-        Self { caller, to, port: port.unwrap_or_default(), edges, source, vouched }
+        Self { caller, to, port: port.unwrap_or_default(), edges, source, vouched, tie: None }
     }
 
     fn audience(&self) -> Audience {
@@ -414,6 +419,10 @@ async fn serve(worker: &Worker, session: &Session, request: Request) -> Answer {
     let (caller, mut record, mut outgoing) = begin(worker, session, request);
     let result = deliver(worker, session, &mut outgoing, &mut record).await;
     let mut answer = connection::answer(worker, caller, record, result);
+    if session.tie.as_ref().is_some_and(|tie| tie.is_leaving()) {
+        // Whoever calls again makes a connection under what is trusted now.
+        answer.close();
+    }
     match (worker.phase() >= Phase::Told, &session.caller) {
         (false, _) => {}
         // Whoever calls again finds the next proxy at the same place.
@@ -502,7 +511,11 @@ async fn bytes(worker: Rc<Worker>, mut near: Io, mut read: BytesMut, session: Se
     }
     record.connected();
     // A reset of either side is the end that the other side has been given as well.
-    let _ = tcp::relay((&mut near, read.freeze()), (&mut far, said), &record.counts).await;
+    if tcp::relay((&mut near, read.freeze()), (&mut far, said), &record.counts).await.is_err()
+        && let Some(cause) = worker.why_ended(&near)
+    {
+        record.failed(cause);
+    }
 }
 
 async fn connect(worker: &Worker, session: &Session) -> Result<Io, Cause> {

@@ -306,6 +306,7 @@ pub struct Metrics {
     epoch_micros: u64,
     refused: [AtomicU64; Refused::ALL.len()],
     refused_connections: [AtomicU64; Cause::ALL.len()],
+    ended_connections: [AtomicU64; Cause::ALL.len()],
     shed: [AtomicU64; Shed::ALL.len()],
     /// Connections of clients, and the most there may be.
     pub(crate) clients_open: AtomicI64,
@@ -317,6 +318,7 @@ pub struct Metrics {
     control_connected: AtomicBool,
     control_seen_s: AtomicU64,
     certificate_expires_s: AtomicU64,
+    trust_sequence: AtomicU64,
     resources_refused: AtomicU64,
     overflowed: AtomicU64,
 }
@@ -341,6 +343,7 @@ impl Metrics {
             epoch_micros: u64::try_from(epoch.as_micros()).unwrap_or_default(),
             refused: Default::default(),
             refused_connections: [const { AtomicU64::new(0) }; Cause::ALL.len()],
+            ended_connections: [const { AtomicU64::new(0) }; Cause::ALL.len()],
             shed: Default::default(),
             clients_open: AtomicI64::new(0),
             clients_limit: AtomicU64::new(0),
@@ -350,6 +353,7 @@ impl Metrics {
             control_connected: AtomicBool::new(false),
             control_seen_s: AtomicU64::new(0),
             certificate_expires_s: AtomicU64::new(0),
+            trust_sequence: AtomicU64::new(0),
             resources_refused: AtomicU64::new(0),
             overflowed: AtomicU64::new(0),
         }
@@ -399,6 +403,11 @@ impl Metrics {
         self.refused_connections[cause as usize].fetch_add(1, Relaxed);
     }
 
+    /// Counts an open connection that was ended because its peer is not accepted any more.
+    pub fn ended_connection(&self, cause: Cause) {
+        self.ended_connections[cause as usize].fetch_add(1, Relaxed);
+    }
+
     /// Counts connections that were given up.
     pub fn shed(&self, what: Shed, count: usize) {
         self.shed[what as usize].fetch_add(count as u64, Relaxed);
@@ -429,6 +438,11 @@ impl Metrics {
     /// Whether a stream to a control plane is open.
     pub fn control_connected(&self) -> bool {
         self.control_connected.load(Relaxed)
+    }
+
+    /// Notes the version of the trust bundle in use.
+    pub fn set_trust_sequence(&self, sequence: u64) {
+        self.trust_sequence.store(sequence, Relaxed);
     }
 
     /// Notes when the certificate in use expires.

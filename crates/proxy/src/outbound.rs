@@ -384,7 +384,11 @@ async fn bytes(worker: &Worker, mut near: Io, read: Bytes, destination: &Destina
         Ok((mut far, said, _in_flight)) => {
             record.connected();
             // A reset of either side is the end that the other side has been given as well.
-            let _ = tcp::relay((&mut near, read), (&mut far, said), &record.counts).await;
+            if tcp::relay((&mut near, read), (&mut far, said), &record.counts).await.is_err()
+                && let Some(cause) = worker.why_ended(&far)
+            {
+                record.failed(cause);
+            }
         }
         Err(error) => {
             tracing::debug!(cause = %error.cause, to = ?error.to, "a connection leads nowhere");

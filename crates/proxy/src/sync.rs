@@ -174,6 +174,7 @@ impl Sync {
             leaving: setup.leaving,
             standing: watch::channel(Standing::Unknown).0,
             pace: watch::channel(return_within_ms).0,
+            held: setup.held.clone(),
             metrics: metrics.clone(),
         };
         Self {
@@ -248,6 +249,8 @@ impl Sync {
                     (lost.to_string(), lost_after)
                 }
                 Some(Err(error @ DialError::Untrusted { .. })) => {
+                    // A token for the control plane that answers now may be there, and whoever has none is to be told.
+                    self.renew.notify_one();
                     self.readiness.doubt();
                     (error.to_string(), After::Failure)
                 }

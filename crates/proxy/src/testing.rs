@@ -4,6 +4,7 @@ use crate::upstream::tls::{Credentials, TlsError};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use std::sync::Arc;
+use std::time::SystemTime;
 use tokio::net::{TcpListener, TcpStream};
 
 /// A trust domain's certificate authority.
@@ -28,6 +29,22 @@ impl Authority {
         self.certify(&self.trust_domain, |params| {
             params.subject_alt_names = vec![SanType::URI(name.as_str().try_into().unwrap())];
         })
+    }
+
+    /// The same, of a workload that trusts these authorities, and knows of some that were replaced.
+    pub(crate) fn credentials_among(
+        &self,
+        account: &str,
+        trusted: &[&Authority],
+        retired: &[(&Authority, SystemTime)],
+    ) -> Arc<Credentials> {
+        let name = format!("spiffe://{}/ns/default/sa/{account}", self.trust_domain);
+        let (leaf, key) =
+            self.sign(|params| params.subject_alt_names = vec![SanType::URI(name.as_str().try_into().unwrap())]);
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let roots: Vec<_> = trusted.iter().map(|it| it.root.clone()).collect();
+        let retired: Vec<_> = retired.iter().map(|(it, until)| (it.root.clone(), *until)).collect();
+        Credentials::with_retired(vec![leaf], key, &self.trust_domain, &roots, &retired).unwrap()
     }
 
     /// Credentials of a certificate that differs from a good one as told.

@@ -4,4 +4,5 @@ pub mod dial;
 pub mod endpoint;
 pub mod pool;
 pub mod silence;
+pub mod ties;
 pub mod tls;

@@ -5,6 +5,7 @@ use crate::capture::netns::SocketSource;
 use crate::drain;
 use crate::h1;
 use crate::idle::Idlers;
+use crate::io::Io;
 use crate::listen;
 use crate::metrics::{Edge, EdgeKey, Metrics, Protocol, Shed, Side};
 use crate::overload::Overload;
@@ -229,6 +230,7 @@ impl Worker {
             loop {
                 tokio::time::sleep(silence::PERIOD).await;
                 worker.pools.connector().end_vanished();
+                worker.pools.connector().ties().judge(&worker.proxy.endpoints, &worker.proxy.metrics);
             }
         });
         tokio::task::spawn_local(listen::keep_within_memory(self.clone(), connections.clone()));
@@ -297,6 +299,11 @@ impl Worker {
         let found = cache.load().clone().map(Rc::new);
         live.insert(service.clone(), (cache, found.clone()));
         found
+    }
+
+    /// Why a connection of bytes from or to a mesh peer was ended: the peer is not accepted any more.
+    pub fn why_ended(&self, io: &Io) -> Option<Cause> {
+        self.pools.connector().ties().why_ended(io, &self.proxy.endpoints, &self.proxy.metrics)
     }
 
     /// Ends what carries nothing: kept connections to endpoints, and up to so many idle ones of clients. How many of

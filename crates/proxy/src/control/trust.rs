@@ -1,12 +1,11 @@
 //! TLS to a control plane: who is believed to be one, and as whom the proxy comes.
 
 use super::{Address, DialError, Line, Outside};
-use crate::certificate::{Presented, Rule, Verifier, refused};
+use crate::certificate::{Presented, Rule, Verifier, key_hash, refused};
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::time_provider::TimeProvider;
 use rustls::{CertificateError, ClientConfig};
-use sha2::{Digest, Sha256};
 use std::io;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -16,8 +15,9 @@ use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 /// The server name sent before the trust domain is known.
 const FIRST_CONTACT: &str = "control.mesh";
 
-/// The most certificates that a control plane may send.
-const MAX_CHAIN: usize = 6;
+/// The most certificates that a control plane may send: its own, its issuer's and root, and two for each of some roots
+/// before that.
+const MAX_CHAIN: usize = 16;
 
 /// How a control plane is recognised, and the proxy by it.
 #[derive(Clone)]
@@ -120,10 +120,12 @@ impl Rule for Trust {
         }
         let (roots, name) = match self {
             Trust::Pin(pin) => {
-                let root = presented.intermediates.last().unwrap_or(presented.leaf);
-                if key_hash(root)? != *pin {
-                    return Err(rustls::Error::General("its root is not the one that the join token names".into()));
-                }
+                // Its present root, or one before by which that was certified.
+                let pinned = |it: &&CertificateDer<'_>| key_hash(it) == Some(*pin);
+                let Some(root) = presented.intermediates.iter().rev().find(pinned) else {
+                    let reason = "its root is not the one that the join token names; print a new token there";
+                    return Err(rustls::Error::General(reason.into()));
+                };
                 (std::slice::from_ref(root), None)
             }
             Trust::Bundle { roots, .. } => (&**roots, presented.server_name),
@@ -135,11 +137,6 @@ impl Rule for Trust {
             None => names_a_control_plane(presented.leaf),
         }
     }
-}
-
-fn key_hash(certificate: &CertificateDer<'_>) -> Result<[u8; 32], rustls::Error> {
-    let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| CertificateError::BadEncoding)?;
-    Ok(Sha256::digest(parsed.public_key().raw).into())
 }
 
 /// At first contact the trust domain is not known, but a workload's certificate must not pass for a control plane's.

@@ -1,11 +1,12 @@
 //! A certificate with its key and trust, as it is stored.
 
 use super::Wanted;
+use crate::certificate::{key_hash, leads_to};
 use crate::control::Trust;
 use crate::upstream::tls::{Credentials, TlsError};
 use prost::Message;
 use rand::Rng;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use sheer_core::identity::SpiffeId;
 use sheer_core::wire::v1;
 use std::sync::Arc;
@@ -60,6 +61,8 @@ pub struct Held {
     id: SpiffeId,
     chain: Vec<CertificateDer<'static>>,
     roots: Arc<[CertificateDer<'static>]>,
+    /// SHA-256 of the subject public key info of the root above the certificate, where that is one of the roots.
+    root_sha256: Option<[u8; 32]>,
     not_before: SystemTime,
     not_after: SystemTime,
     renew_at: SystemTime,
@@ -78,7 +81,8 @@ impl Held {
         let id = Credentials::new(chain.clone(), key, &trust.trust_domain, &roots)?.id().clone();
         let configured = stored.mesh.as_ref().map_or(0, |mesh| mesh.certificate_lifetime_s);
         let renew_at = renewal(not_before, not_after, configured, rand::rng().random_range(0.0..0.1));
-        Ok(Self { id, chain, roots, not_before, not_after, renew_at, stored })
+        let root_sha256 = root_above(&chain, &roots).and_then(key_hash);
+        Ok(Self { id, chain, roots, root_sha256, not_before, not_after, renew_at, stored })
     }
 
     pub(super) fn stored(&self) -> &Stored {
@@ -86,7 +90,28 @@ impl Held {
     }
 
     pub(super) fn credentials(&self) -> Result<Arc<Credentials>, TlsError> {
-        Credentials::new(self.chain.clone(), private_key(&self.stored.key), self.trust_domain(), &self.roots)
+        let retired = self.stored.trust.iter().flat_map(|trust| &trust.retired);
+        let retired: Vec<_> =
+            retired.map(|it| (it.root.to_vec().into(), UNIX_EPOCH + Duration::from_secs(it.until_s))).collect();
+        let key = private_key(&self.stored.key);
+        Credentials::with_retired(self.chain.clone(), key, self.trust_domain(), &self.roots, &retired)
+    }
+
+    /// The version of the trust bundle.
+    pub fn trust_sequence(&self) -> u64 {
+        self.stored.trust.as_ref().map_or(0, |trust| trust.sequence)
+    }
+
+    /// SHA-256 of the subject public key info of the root above the certificate; none when that is not trusted.
+    pub fn root_sha256(&self) -> Option<[u8; 32]> {
+        self.root_sha256
+    }
+
+    /// Within what time it is to be renewed because certificates are issued under another root than its own now.
+    pub(super) fn renew_within(&self) -> Option<Duration> {
+        let trust = self.stored.trust.as_ref().filter(|trust| !trust.issuing_root_sha256.is_empty())?;
+        let is_its_own = self.root_sha256.is_some_and(|own| trust.issuing_root_sha256[..] == own);
+        (!is_its_own).then(|| Duration::from_millis(trust.renew_within_ms.into()))
     }
 
     /// The workload's identity.
@@ -131,14 +156,7 @@ impl Held {
 
     /// Whether the certificate was issued under the trust domain's roots. Its time is not looked at.
     pub(super) fn is_rooted(&self) -> bool {
-        let anchors: Vec<_> = self.roots.iter().filter_map(|it| webpki::anchor_from_trusted_cert(it).ok()).collect();
-        let Some((leaf, above)) = self.chain.split_first() else { return false };
-        let Ok(leaf) = webpki::EndEntityCert::try_from(leaf) else { return false };
-        let algorithms = rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.all;
-        let within =
-            self.not_after.duration_since(UNIX_EPOCH).unwrap_or_default().saturating_sub(Duration::from_secs(1));
-        let (now, usage) = (UnixTime::since_unix_epoch(within), webpki::KeyUsage::client_auth());
-        leaf.verify_for_usage(algorithms, &anchors, above, now, usage, None, None).is_ok()
+        self.root_sha256.is_some()
     }
 
     /// How the control plane is recognised with it.
@@ -150,6 +168,20 @@ impl Held {
             key: self.stored.key.as_slice().into(),
         }
     }
+}
+
+/// The root that a chain ends in: the one above its issuer, rather than one by which that root was certified in turn.
+fn root_above<'a>(
+    chain: &[CertificateDer<'_>],
+    roots: &'a [CertificateDer<'static>],
+) -> Option<&'a CertificateDer<'static>> {
+    let under = |chain: &[CertificateDer<'_>]| {
+        let is_above = |root: &&CertificateDer<'static>| {
+            webpki::anchor_from_trusted_cert(root).is_ok_and(|anchor| leads_to(chain, &[anchor]))
+        };
+        roots.iter().find(is_above)
+    };
+    under(&chain[..chain.len().min(2)]).or_else(|| under(chain))
 }
 
 fn private_key(pkcs8: &[u8]) -> PrivateKeyDer<'static> {

@@ -221,6 +221,33 @@ async fn under_new_roots_another_certificate_is_asked_for() {
 }
 
 #[tokio::test]
+async fn a_certificate_is_renewed_in_its_turn_when_another_root_issues() {
+    let scene = Scene::new();
+    let (_, _running) = scene.fake.serve(&scene.socket());
+    let keeper = scene.keeper();
+    let mut held = keeper.held();
+    let task = tokio::spawn(keeper.run());
+    held.wait_for(Option::is_some).await.unwrap();
+    let own = held.borrow().as_ref().and_then(|it| it.root_sha256()).unwrap();
+    let told = |sequence: u64, issuing: &[u8]| v1::TrustBundle {
+        sequence,
+        issuing_root_sha256: issuing.to_vec().into(),
+        renew_within_ms: 10,
+        ..scene.fake.trust()
+    };
+    let in_force = || held.borrow().as_ref().map_or(0, |it| it.trust_sequence());
+    scene.trust.send_replace(Some(told(7, &own)));
+    until(|| in_force() == 7).await;
+    assert_eq!(scene.certified(), 1, "its own root issues");
+    // One of the same control plane that is older came late.
+    scene.trust.send_replace(Some(told(6, &[9; 32])));
+    scene.trust.send_replace(Some(told(8, &[9; 32])));
+    until(|| scene.certified() >= 2).await;
+    assert!(in_force() == 8 || in_force() == 0, "{}", in_force());
+    task.abort();
+}
+
+#[tokio::test]
 async fn a_token_that_cannot_be_used_is_explained() {
     let scene = Scene::new();
     let mut keeper = scene.keeper();

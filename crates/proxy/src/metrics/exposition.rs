@@ -36,6 +36,8 @@ impl Metrics {
         let expires = self.certificate_expires_s.load(Relaxed);
         head(text, "sheer_certificate_expiry_seconds", "gauge", "Unix time at which the certificate in use expires.");
         sample(text, "sheer_certificate_expiry_seconds", "", expires);
+        head(text, "sheer_trust_sequence", "gauge", "Version of the trust bundle in use.");
+        sample(text, "sheer_trust_sequence", "", self.trust_sequence.load(Relaxed));
         head(text, "sheer_start_time_seconds", "gauge", "Unix time at which this proxy began to count.");
         sample(text, "sheer_start_time_seconds", "", self.epoch_micros as f64 / 1e6);
         let refused = self.resources_refused.load(Relaxed);
@@ -59,6 +61,15 @@ impl Metrics {
             if count > 0 {
                 let labels = format!("reason=\"{cause}\"");
                 sample(text, "sheer_connections_refused_total", &labels, count);
+            }
+        }
+        let name = "sheer_connections_ended_total";
+        head(text, name, "counter", "Open connections that were ended because their peer is not accepted any more.");
+        for cause in [Cause::PeerUntrusted, Cause::IdentityMismatch] {
+            let count = self.ended_connections[cause as usize].load(Relaxed);
+            if count > 0 {
+                let labels = format!("reason=\"{cause}\"");
+                sample(text, name, &labels, count);
             }
         }
         head(text, "sheer_connections_shed_total", "counter", "Connections given up because a limit was reached.");

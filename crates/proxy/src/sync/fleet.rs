@@ -2,6 +2,7 @@
 
 use super::{Lost, marked};
 use crate::control::clients::fleet_client::FleetClient;
+use crate::identity::Held;
 use crate::metrics::Metrics;
 use sheer_core::wire::v1::{self, control_notice, proxy_report};
 use std::collections::BTreeSet;
@@ -68,6 +69,7 @@ pub(super) struct Fleet {
     pub(super) standing: watch::Sender<Standing>,
     /// In what time to come back after a loss, as the control plane said; 0 while it has not.
     pub(super) pace: watch::Sender<u32>,
+    pub(super) held: watch::Receiver<Option<Arc<Held>>>,
     pub(super) metrics: Arc<Metrics>,
 }
 
@@ -85,6 +87,7 @@ impl Fleet {
         // Whatever was reported on a stream before may not have arrived.
         let mut all = true;
         self.leaving.mark_changed();
+        self.held.mark_changed();
         loop {
             // Each arm may be dropped: all of them are cancel safe, and nothing is taken before it is sent.
             tokio::select! {
@@ -102,6 +105,12 @@ impl Fleet {
                     self.leave(&reports, &mut said, &now, all).await;
                     if now == Leaving::Done {
                         break;
+                    }
+                }
+                Ok(()) = self.held.changed() => {
+                    let in_force = self.held.borrow_and_update().as_deref().map(in_force);
+                    if let Some(trust) = in_force {
+                        send(&reports, proxy_report::Body::Trust(trust)).await;
                     }
                 }
                 Some(workload) = self.unreachable.recv() => {
@@ -180,6 +189,12 @@ impl Fleet {
         }
         *said = now.clone();
     }
+}
+
+/// What connections are made and judged with.
+fn in_force(held: &Held) -> v1::Trust {
+    let root_sha256 = held.root_sha256().map(|it| it.to_vec()).unwrap_or_default();
+    v1::Trust { sequence: held.trust_sequence(), root_sha256: root_sha256.into() }
 }
 
 fn report(body: proxy_report::Body) -> v1::ProxyReport {

@@ -2,6 +2,7 @@
 
 use super::endpoint::LiveEndpoint;
 use super::silence::Watch;
+use super::ties::{Tie, Ties};
 use super::tls::{Carried, Credentials, Dialer, TlsError};
 use crate::capture::netns::AttachedSource;
 use crate::io::Io;
@@ -46,7 +47,12 @@ pub struct Connector {
     inside: Option<AttachedSource>,
     /// Connections to mesh peers that may have vanished.
     watch: Watch,
+    /// Connections from and to mesh peers that may not be accepted any more.
+    ties: Ties,
 }
+
+/// Who answered, and the connection as it is judged while it is open.
+pub type Known = (SpiffeId, Option<Rc<Tie>>);
 
 /// Where a connection leads.
 #[derive(Clone, Debug)]
@@ -103,7 +109,12 @@ impl DialError {
 impl Connector {
     /// A connector with these credentials, now and after each renewal.
     pub fn new(credentials: Arc<ArcSwapOption<Credentials>>, inside: Option<AttachedSource>) -> Self {
-        Self { credentials, inside, watch: Watch::default() }
+        Self { ties: Ties::new(credentials.clone()), credentials, inside, watch: Watch::default() }
+    }
+
+    /// The open connections from and to mesh peers.
+    pub fn ties(&self) -> &Ties {
+        &self.ties
     }
 
     /// Ends connections whose other side has vanished. To be called every [`super::silence::PERIOD`].
@@ -126,7 +137,7 @@ impl Connector {
         carried: Carried,
         identities: &[SpiffeId],
         sessions: &Sessions,
-    ) -> Result<(Io, Option<SpiffeId>), DialError> {
+    ) -> Result<(Io, Option<Known>), DialError> {
         let (address, stream) = match place {
             Place::Application(address) => (address, self.application(*address).await?),
             Place::External(address) => (address, tcp(TcpStream::connect(*address)).await?),
@@ -174,15 +185,15 @@ impl Connector {
     async fn secure(
         &self,
         stream: TcpStream,
-        server_name: &str,
+        server_name: &Arc<str>,
         carried: Carried,
         identities: &[SpiffeId],
         sessions: &Sessions,
-    ) -> Result<(Io, Option<SpiffeId>), DialError> {
+    ) -> Result<(Io, Option<Known>), DialError> {
         let credentials = self.credentials().ok_or_else(|| DialError::bare(Cause::NoIdentity))?;
         let dialer = sessions.dialer(&credentials);
-        let handshake = timeout(HANDSHAKE_TIMEOUT, dialer.connect(stream, server_name, carried));
-        let (io, peer) = match handshake.await {
+        let handshake = timeout(HANDSHAKE_TIMEOUT, dialer.meet(stream, server_name, carried));
+        let (io, peer, shown) = match handshake.await {
             Ok(Ok(made)) => made,
             Ok(Err(error)) => {
                 // Whatever session was resumed is not worth keeping.
@@ -194,7 +205,8 @@ impl Connector {
         if !identities.contains(&peer) {
             return Err(DialError { cause: Cause::IdentityMismatch, source: Some(DialFault::Answered(peer)) });
         }
-        Ok((io, Some(peer)))
+        let tie = self.ties.add(&io, &credentials, &shown, carried, Some((peer.clone(), server_name.clone())));
+        Ok((io, Some((peer, tie))))
     }
 }
 

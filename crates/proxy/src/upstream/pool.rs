@@ -170,7 +170,7 @@ impl Pools {
             }
             other => other?,
         };
-        Ok((io, answered.map(|id| Answered::new(id, identities.clone()))))
+        Ok((io, answered.map(|(id, tie)| Answered::new(id, identities.clone()).tied(tie))))
     }
 
     /// Closes connections that carry nothing.

@@ -4,7 +4,8 @@
 //! change of trust: new connections use the new ones, open connections stay. Ticket keys belong to the credentials, so
 //! that no session outlives the trust it was made under, and a client's sessions end with its certificate.
 
-use crate::certificate::{Presented, Rule, Verifier, invalid};
+use super::ties::{Standing, Tie};
+use crate::certificate::{Presented, Rule, Verifier, invalid, leads_to};
 use crate::io::Io;
 use rustls::client::{ClientSessionMemoryCache, Resumption};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
@@ -13,6 +14,7 @@ use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{AlertDescription, CertificateError, ClientConfig, HandshakeKind, ServerConfig};
 use sheer_core::cause::Cause;
 use sheer_core::identity::{IdentityError, SpiffeId};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::net::TcpStream;
@@ -124,6 +126,10 @@ pub struct Credentials {
     not_after: SystemTime,
     server: Arc<ServerConfig>,
     client: ClientConfig,
+    chain: Vec<CertificateDer<'static>>,
+    anchors: Vec<TrustAnchor<'static>>,
+    retired: Vec<(TrustAnchor<'static>, SystemTime)>,
+    settled: bool,
 }
 
 impl Credentials {
@@ -137,19 +143,59 @@ impl Credentials {
         trust_domain: &str,
         roots: &[CertificateDer<'static>],
     ) -> Result<Arc<Self>, TlsError> {
+        Self::with_retired(chain, key, trust_domain, roots, &[])
+    }
+
+    /// The same with roots that were replaced: connections made under one may go on until its time.
+    ///
+    /// # Errors
+    /// When the chain names no workload of the trust domain, the key does not belong to it, or a root does not parse.
+    pub fn with_retired(
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+        trust_domain: &str,
+        roots: &[CertificateDer<'static>],
+        retired: &[(CertificateDer<'static>, SystemTime)],
+    ) -> Result<Arc<Self>, TlsError> {
         let leaf = Leaf::read(chain.first().ok_or(TlsError::NoCertificate)?)?;
         if leaf.id.trust_domain() != trust_domain {
             return Err(TlsError::TrustDomain(leaf.id.trust_domain().to_owned()));
         }
         let provider = Arc::new(provider());
-        let verifier = Arc::new(Verifier::new(Workloads::of(trust_domain, roots)?, &provider));
-        let certificate = Arc::new(SingleCertAndKey::from(CertifiedKey::from_der(chain, key, &provider)?));
+        let workloads = Workloads::of(trust_domain, roots)?;
+        let anchors = workloads.anchors.clone();
+        let verifier = Arc::new(Verifier::new(workloads, &provider));
+        let certificate = Arc::new(SingleCertAndKey::from(CertifiedKey::from_der(chain.clone(), key, &provider)?));
+        let anchor = |(root, until): &(CertificateDer<'static>, SystemTime)| Ok((anchor_of(root)?, *until));
         Ok(Arc::new(Self {
             server: Arc::new(server_config(&provider, &verifier, &certificate)?),
             client: client_config(&provider, verifier, certificate)?,
             id: leaf.id,
             not_after: leaf.not_after,
+            settled: leads_to(&chain, &anchors),
+            retired: retired.iter().map(anchor).collect::<Result<_, TlsError>>()?,
+            chain,
+            anchors,
         }))
+    }
+
+    /// The own chain, leaf first.
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.chain
+    }
+
+    /// Whether the own certificate is under one of the roots.
+    pub fn is_settled(&self) -> bool {
+        self.settled
+    }
+
+    /// What becomes of connections that were made under the certificate of this chain. Its time does not matter.
+    pub fn standing_of(&self, chain: &[CertificateDer<'_>]) -> Standing {
+        if leads_to(chain, &self.anchors) {
+            return Standing::Trusted;
+        }
+        let retired = self.retired.iter().filter(|(root, _)| leads_to(chain, std::slice::from_ref(root)));
+        retired.map(|(_, until)| *until).max().map_or(Standing::Distrusted, Standing::Retired)
     }
 
     /// The workload's own identity.
@@ -186,7 +232,8 @@ impl Credentials {
         let leaf = peer_of(session.peer_certificates(), session.handshake_kind())?;
         let carried = session.alpn_protocol().and_then(Carried::of_alpn).ok_or(TlsError::Protocol)?;
         let server_name = session.server_name().unwrap_or_default().to_owned();
-        Ok(Accepted { peer: leaf.id, server_name, carried, io: Io::Tls(Box::new(stream.into())) })
+        let shown = session.peer_certificates().unwrap_or_default().to_vec();
+        Ok(Accepted { peer: leaf.id, shown, server_name, carried, io: Io::Tls(Box::new(stream.into())) })
     }
 }
 
@@ -202,6 +249,8 @@ pub struct Accepted {
     pub io: Io,
     /// Who is at the other end.
     pub peer: SpiffeId,
+    /// The chain that it showed, leaf first.
+    pub shown: Vec<CertificateDer<'static>>,
     /// The server name that was asked for: it names the workload's port.
     pub server_name: String,
     /// What the connection carries.
@@ -215,16 +264,26 @@ pub struct Answered {
     id: SpiffeId,
     /// The list in which it was found last.
     list: Arc<[SpiffeId]>,
+    tie: Option<Rc<Tie>>,
 }
 
 impl Answered {
     /// This identity, which is one of the list.
     pub fn new(id: SpiffeId, list: Arc<[SpiffeId]>) -> Self {
-        Self { id, list }
+        Self { id, list, tie: None }
     }
 
-    /// Whether it is one of these. It costs a comparison of pointers until the list is replaced.
+    /// The same of a connection that is judged again while it is open.
+    pub fn tied(self, tie: Option<Rc<Tie>>) -> Self {
+        Self { tie, ..self }
+    }
+
+    /// Whether it is one of these, and its connection may be used for more. It costs a comparison of pointers until the
+    /// list is replaced.
     pub fn is_one_of(&mut self, identities: &Arc<[SpiffeId]>) -> bool {
+        if self.tie.as_ref().is_some_and(|tie| tie.is_leaving()) {
+            return false;
+        }
         if Arc::ptr_eq(&self.list, identities) {
             return true;
         }
@@ -253,6 +312,19 @@ impl Dialer {
         server_name: &str,
         carried: Carried,
     ) -> Result<(Io, SpiffeId), TlsError> {
+        self.meet(stream, server_name, carried).await.map(|(io, id, _)| (io, id))
+    }
+
+    /// The same, with the chain that was shown, leaf first.
+    ///
+    /// # Errors
+    /// The same.
+    pub async fn meet(
+        &self,
+        stream: TcpStream,
+        server_name: &str,
+        carried: Carried,
+    ) -> Result<(Io, SpiffeId, Vec<CertificateDer<'static>>), TlsError> {
         let name = ServerName::try_from(server_name.to_owned())
             .map_err(|_| TlsError::Tls(rustls::Error::General(format!("'{server_name}' is no server name"))))?;
         let config = match carried {
@@ -267,7 +339,8 @@ impl Dialer {
             return Err(TlsError::Protocol);
         }
         let leaf = peer_of(session.peer_certificates(), session.handshake_kind())?;
-        Ok((Io::Tls(Box::new(stream.into())), leaf.id))
+        let shown = session.peer_certificates().unwrap_or_default().to_vec();
+        Ok((Io::Tls(Box::new(stream.into())), leaf.id, shown))
     }
 }
 
@@ -359,10 +432,14 @@ struct Workloads {
 
 impl Workloads {
     fn of(trust_domain: &str, roots: &[CertificateDer<'static>]) -> Result<Self, TlsError> {
-        let anchor = |root| webpki::anchor_from_trusted_cert(root).map(|anchor| anchor.to_owned());
-        let anchors = roots.iter().map(anchor).collect::<Result<_, _>>().map_err(|_| TlsError::Malformed)?;
+        let anchors = roots.iter().map(anchor_of).collect::<Result<_, _>>()?;
         Ok(Self { trust_domain: trust_domain.to_owned(), anchors })
     }
+}
+
+fn anchor_of(root: &CertificateDer<'static>) -> Result<TrustAnchor<'static>, TlsError> {
+    let anchor = webpki::anchor_from_trusted_cert(root).map_err(|_| TlsError::Malformed)?;
+    Ok(anchor.to_owned())
 }
 
 impl Rule for Workloads {
