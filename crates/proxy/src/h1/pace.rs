@@ -1,7 +1,8 @@
 //! How slowly a client whom nobody knows may send a body or take an answer, so that it cannot hold a connection, and one
 //! to the application with it, by trickling.
 //!
-//! Only time in which the client is waited for counts. A workload of the mesh may pause for as long as it likes: it has a
+//! Only time in which the client is waited for counts. A body without a length may pause, and counts as moving while the
+//! answer to it does. A workload of the mesh may pause for as long as it likes: it has a
 //! name, and its pauses are its application's.
 
 use std::pin::Pin;
@@ -21,6 +22,10 @@ pub struct Pace {
 impl Pace {
     /// That of clients whom nobody knows: a telephone at the edge of its network sends a hundred times as much.
     pub const OF_STRANGERS: Pace = Pace { within: Duration::from_secs(60), bytes: 4096 };
+
+    /// That of a body whose length nobody has announced. It may be a conversation, in which both sides pause; one in
+    /// which neither has said anything for five minutes, as proxies elsewhere have it, is left.
+    pub const OF_CONVERSATIONS: Pace = Pace { within: Duration::from_secs(300), bytes: 1 };
 }
 
 /// Watches one direction of one connection. One timer for as long as there is anything to wait for.

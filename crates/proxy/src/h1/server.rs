@@ -409,10 +409,11 @@ struct State {
     /// Who writes interim answers, should somebody else bring one.
     writer: Option<Waker>,
     pace: Option<Pace>,
-    /// Watches the current request's body, where its length was announced: who streams may pause.
+    /// Watches the current request's body.
     slow_upload: Option<Box<Watch>>,
-    /// Bytes read of the current request's body.
+    /// Bytes read of the current request's body, and written of its answer when that was last waited for.
     uploaded: u64,
+    answered: u64,
 }
 
 impl Link {
@@ -432,6 +433,7 @@ impl Link {
         state.decoder = Decoder::Done;
         state.slow_upload = None;
         state.uploaded = 0;
+        state.answered = 0;
         let body = match framing {
             Framing::None | Framing::UntilClose => Body::Empty,
             Framing::Length(length) if length <= state.read.len() as u64 => {
@@ -506,6 +508,7 @@ impl State {
             pace: options.pace,
             slow_upload: None,
             uploaded: 0,
+            answered: 0,
         }
     }
 
@@ -650,15 +653,19 @@ impl State {
 
     /// Ready when the client sends the current request's body too slowly.
     fn poll_slow_upload(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let (Some(pace), Length::Known(_)) = (self.pace, self.decoder.remaining()) else { return Poll::Pending };
-        let uploaded = self.uploaded;
+        let Some(pace) = self.pace else { return Poll::Pending };
+        let (pace, uploaded) = match self.decoder.remaining() {
+            Length::Known(_) => (pace, self.uploaded),
+            Length::Unknown => (Pace::OF_CONVERSATIONS, self.uploaded + self.answered),
+        };
         let watch = self.slow_upload.get_or_insert_with(|| Box::new(Watch::new(pace)));
         watch.poll(cx, || uploaded)
     }
 
     /// Ready when the client takes what is written too slowly. While there is nothing to write it is not waited for.
-    fn poll_slow_reader(&self, cx: &mut Context<'_>, out: &Outgoing, watch: &mut Option<Watch>) -> Poll<()> {
+    fn poll_slow_reader(&mut self, cx: &mut Context<'_>, out: &Outgoing, watch: &mut Option<Watch>) -> Poll<()> {
         let Some(pace) = self.pace else { return Poll::Pending };
+        self.answered = out.written;
         if out.is_empty() {
             watch.iter_mut().for_each(Watch::rest);
             return Poll::Pending;

@@ -366,6 +366,38 @@ async fn a_stranger_who_trickles_a_body_is_cut_off_and_one_who_is_known_is_not()
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_strangers_body_without_a_length_may_pause_and_is_left_when_it_stops() {
+    let (mut client, io) = open(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n").await;
+    let start = Instant::now();
+    let options = stranger();
+    let serving =
+        serve(io, BytesMut::new(), &options, std::future::pending(), async |request: Request| {
+            match collect(request.body).await {
+                Ok(body) => reply(200, format!("{}", body.len())),
+                Err(error) => reply(408, format!("slow: {}", error.is_too_slow())),
+            }
+        });
+    let (read, mut write) = tokio::io::split(&mut client);
+    let pauses = async {
+        for _ in 0..4 {
+            tokio::time::sleep(Duration::from_secs(200)).await;
+            write.write_all(b"1\r\nx\r\n").await.unwrap();
+        }
+        std::future::pending::<()>().await;
+    };
+    let mut read = tokio::io::BufReader::new(read);
+    let mut answer = vec![0; 512];
+    tokio::select! {
+        read = read.read(&mut answer) => answer.truncate(read.unwrap()),
+        _ = serving => panic!("ended"),
+        () = pauses => {}
+    }
+    let answer = String::from_utf8(answer).unwrap();
+    let left = start.elapsed().as_secs() - 800;
+    assert!(answer.ends_with("slow: true") && (200..=600).contains(&left), "after {left} s: {answer}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stranger_who_does_not_read_is_cut_off_and_one_who_is_known_is_not() {
     for (options, is_cut) in [(stranger(), true), (Options::default(), false)] {
         let (_client, io) = open(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await;
