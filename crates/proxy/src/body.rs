@@ -218,6 +218,14 @@ impl Interim {
         Self(Way::Http2(stream))
     }
 
+    /// The HTTP/2 stream on which answers are passed on, if it is one.
+    pub(crate) fn over(&self) -> Option<&crate::h2::Interims> {
+        match &self.0 {
+            Way::Http2(stream) => Some(stream),
+            Way::None | Way::Http1(_) => None,
+        }
+    }
+
     /// Passes an interim answer on.
     pub fn send(&self, head: ResponseHead) {
         match &self.0 {

@@ -28,9 +28,17 @@ pub use server::Interims;
 use std::io;
 use std::time::Duration;
 
-/// How far ahead of its reader a peer may send on one stream at first, in bytes: what a reader that has stopped makes us
-/// keep, at each of the two proxies of a path. Readers that keep up get more, up to [`MAX_STREAM_WINDOW`].
+/// How far ahead of its reader a peer may send on one stream at first, in bytes: a client of a request, and an endpoint of
+/// an answer whose client has opened its own window as far. Readers that keep up get more, up to [`MAX_STREAM_WINDOW`].
 const STREAM_WINDOW: u32 = 32 * 1024;
+
+/// How far ahead an endpoint may send of any answer, whoever takes it: what a reader that has stopped makes us keep in any
+/// case, at each of the two proxies of a path. Many answers are no longer.
+const ANSWER_WINDOW: u32 = 2 * 1024;
+
+/// What endpoints may send ahead for all streams of a client's connection together, beyond [`ANSWER_WINDOW`] each. With a
+/// hundred streams, and what waits to be written, that is less than 1 MiB.
+const AHEAD: u32 = 768 * 1024;
 
 /// Both sides' windows before anybody says otherwise (RFC 9113, section 6.9.2).
 const DEFAULT_WINDOW: u32 = 65_535;
@@ -38,7 +46,8 @@ const DEFAULT_WINDOW: u32 = 65_535;
 /// The largest window that a stream grows to.
 const MAX_STREAM_WINDOW: u32 = 1024 * 1024;
 
-/// What all streams of a connection together may grow beyond [`STREAM_WINDOW`].
+/// What all requests on a connection together may grow beyond [`STREAM_WINDOW`], and what takes the place of [`AHEAD`]
+/// for a client that has taken eight times as much.
 const GROWTH: u32 = 4 * 1024 * 1024;
 
 /// How far ahead of this proxy a peer may send on one connection.
@@ -65,6 +74,9 @@ const PING_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Intervals of waiting for a peer after which it is looked at how much has moved meanwhile.
 const STALLED_INTERVALS: u8 = 6;
+
+/// The same for a stranger's request without a length, as [`Pace::OF_CONVERSATIONS`](crate::h1::pace::Pace) has it.
+const PAUSED_INTERVALS: u8 = 30;
 
 /// How a connection ended other than in order.
 #[derive(Debug, thiserror::Error)]

@@ -5,7 +5,7 @@ use super::driver::Driver;
 use super::incoming::AbortOnDrop;
 use super::pump::Pump;
 use super::stream::{By, Handle, Reset, Shared};
-use super::{Code, Error, Incoming};
+use super::{Code, Error, Incoming, Interims};
 use crate::body::{Body, Interim, Response};
 use crate::io::Io;
 use sheer_core::cause::Cause;
@@ -62,6 +62,12 @@ impl Connection {
         self.0.0.borrow().streams()
     }
 
+    /// Bytes of answers that wait for their readers.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.0.0.borrow().waiting()
+    }
+
     /// Sends a request and waits for the response's head; interim ones are passed on as they come. Dropping the future,
     /// or the response's body before its end, resets the stream.
     ///
@@ -69,6 +75,7 @@ impl Connection {
     /// [`SendError`] when no response head came.
     pub async fn send(&self, head: &RequestHead, body: Body, interim: &Interim) -> Result<Response, SendError> {
         let spare = spare(&body);
+        let reader = interim.over().map(Interims::stream);
         let unsent =
             |body| SendError { cause: Cause::UpstreamReset, unprocessed: true, body, source: Some(Error::Closed) };
         if !self.0.0.borrow().has_slot() {
@@ -79,7 +86,7 @@ impl Connection {
             if !state.is_open() {
                 return Err(unsent(spare));
             }
-            let key = state.open(head, body.is_empty());
+            let key = state.open(head, body.is_empty(), reader);
             drop(state);
             Waiting(Handle::new(&self.0.0, key))
         };
@@ -94,7 +101,9 @@ impl Connection {
         }
         match poll_fn(|cx| stream.poll_head(interim, cx)).await {
             Ok(head) => {
-                let incoming = Incoming::new(stream.0.clone(), sender);
+                let is_whole = stream.0.with(|state, key| state.look_ahead(key, reader));
+                let reader = reader.filter(|_| !is_whole).cloned();
+                let incoming = Incoming::of_answer(stream.0.clone(), reader, sender);
                 let body = if incoming.is_empty() { Body::Empty } else { Body::H2(incoming) };
                 Ok(Response { head, body })
             }

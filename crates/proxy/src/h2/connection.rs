@@ -2,6 +2,7 @@
 
 mod receiving;
 mod sending;
+mod windows;
 
 use super::frame::{self, Code, MAX_WINDOW, setting};
 use super::head::Refused;
@@ -9,7 +10,8 @@ use super::hpack::{Decoder, Encoder, TABLE_SIZE};
 use super::output::Output;
 use super::patience::Patience;
 use super::stream::{By, Reset, Stream};
-use super::{CONNECTION_WINDOW, DEFAULT_WINDOW, Error, MAX_STREAMS, STALLED_INTERVALS, STREAM_WINDOW};
+use super::{ANSWER_WINDOW, CONNECTION_WINDOW, DEFAULT_WINDOW, Error, MAX_STREAMS, STREAM_WINDOW};
+use super::{PAUSED_INTERVALS, STALLED_INTERVALS};
 use crate::h1::pace::Pace;
 use bytes::BytesMut;
 use sheer_core::head::{MAX_HEAD_BYTES, RequestHead};
@@ -39,6 +41,16 @@ const LEAVING: [u8; 8] = *b"sh leave";
 pub(super) enum Role {
     Server,
     Client,
+}
+
+impl Role {
+    /// The window with which the peer's streams begin.
+    const fn first_window(self) -> u32 {
+        match self {
+            Role::Server => STREAM_WINDOW,
+            Role::Client => ANSWER_WINDOW,
+        }
+    }
 }
 
 /// A request that has come.
@@ -99,6 +111,12 @@ pub(super) struct State {
     waiting: usize,
     /// What streams may send beyond their first windows.
     growth: u32,
+    /// What endpoints may send ahead for the streams of this client, beyond what they may in any case.
+    promised: u32,
+    /// Bytes of bodies that were sent.
+    sent: u64,
+    /// Answers one after the other that needed no more than the window they began with.
+    short_answers: u8,
     /// What the heads of open streams take up.
     heads: usize,
     /// What we may still send on the connection.
@@ -126,6 +144,8 @@ pub(super) struct State {
     /// What we have asked in vain of the peer, counted as it counts if it is one of us. A connection on which much was
     /// cancelled is left to end before the peer ends it, with everybody's requests.
     asked_in_vain: Patience,
+    /// Resets that would be too much for the peer at once.
+    owed: VecDeque<(u32, Code)>,
     /// That of a client whom nobody knows.
     pace: Option<Pace>,
     pub(super) accepted: VecDeque<Accepted>,
@@ -145,7 +165,7 @@ impl State {
             }
         };
         let lists = (setting::MAX_HEADER_LIST_SIZE, MAX_HEAD_BYTES as u32);
-        frame::settings(&[own, (setting::INITIAL_WINDOW_SIZE, STREAM_WINDOW), lists], tail);
+        frame::settings(&[own, (setting::INITIAL_WINDOW_SIZE, role.first_window()), lists], tail);
         frame::window_update(0, CONNECTION_WINDOW - DEFAULT_WINDOW, tail);
         Self {
             role,
@@ -162,6 +182,9 @@ impl State {
             unreleased: 0,
             waiting: 0,
             growth: 0,
+            promised: 0,
+            sent: 0,
+            short_answers: 0,
             heads: 0,
             send_window: i64::from(DEFAULT_WINDOW),
             out,
@@ -178,6 +201,7 @@ impl State {
             ended: VecDeque::new(),
             acknowledged: false,
             asked_in_vain: Patience::new(),
+            owed: VecDeque::new(),
             pace: None,
             accepted: VecDeque::new(),
             malformed: 0,
@@ -195,8 +219,9 @@ impl State {
     }
 
     fn new_stream(&self, id: u32) -> Stream {
-        let window = if self.acknowledged { STREAM_WINDOW } else { DEFAULT_WINDOW };
-        Stream::new(id, window, self.peer.initial_window)
+        let limit = self.role.first_window();
+        let window = if self.acknowledged { limit } else { DEFAULT_WINDOW };
+        Stream::new(id, window, limit, self.peer.initial_window)
     }
 
     fn insert(&mut self, stream: Stream) -> usize {
@@ -236,9 +261,11 @@ impl State {
         self.ended.push_back(stream.id);
         if stream.reset.is_none() && self.role == Role::Client {
             self.asked_in_vain.earn();
+            self.note_length(stream.moved);
         }
         self.heads -= stream.head_size;
-        self.growth -= stream.receiving.limit - STREAM_WINDOW;
+        self.growth -= stream.receiving.limit - self.role.first_window();
+        self.promised -= stream.promised;
         self.waiting -= stream.receiving.drop_parts();
         if self.role == Role::Client {
             self.slots.notify_one();
@@ -280,7 +307,7 @@ impl State {
     }
 
     /// The peer is a client whom nobody knows: it keeps this pace.
-    pub(super) fn expect(&mut self, pace: Option<Pace>) {
+    pub(super) fn keep_pace(&mut self, pace: Option<Pace>) {
         self.pace = pace;
     }
 
@@ -396,8 +423,16 @@ impl State {
             if stream.reset.is_some() || !(uploads || stream.sending.waits && stream.sending.open) {
                 continue;
             }
+            // What has no length may be a conversation, in which both sides pause.
+            let takes_little = stream.sending.waits && stream.sending.open;
+            let converses = !takes_little && stream.receiving.remaining.is_none();
+            if converses && stream.moved != stream.looked_at {
+                (stream.looked_at, stream.waited) = (stream.moved, 0);
+                continue;
+            }
+            let (intervals, least) = if converses { (PAUSED_INTERVALS, 1) } else { (STALLED_INTERVALS, least) };
             stream.waited += 1;
-            if stream.waited < STALLED_INTERVALS {
+            if stream.waited < intervals {
                 continue;
             }
             let moved = stream.moved - std::mem::replace(&mut stream.looked_at, stream.moved);
@@ -424,6 +459,7 @@ impl State {
             return false;
         }
         self.look_at_pace();
+        self.say_owed();
         self.leave_now();
         frame::ping(ALIVE, false, self.out.tail());
         self.touch();
@@ -435,12 +471,20 @@ const _: () = assert!(TABLE_SIZE == 4096, "the peer is not told another size of 
 
 #[cfg(test)]
 impl State {
+    /// Bytes that wait for readers.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting
+    }
+
     /// What is counted is what there is.
     pub(super) fn check(&self) {
         assert_eq!(self.streams.len(), self.by_id.len());
-        let waiting: usize = self.streams.iter().map(|(_, stream)| stream.receiving.waiting()).sum();
+        let of = |stream: &Stream| stream.receiving.kept() + stream.receiving.lent;
+        let waiting: usize = self.streams.iter().map(|(_, stream)| of(stream)).sum();
         let heads: usize = self.streams.iter().map(|(_, stream)| stream.head_size).sum();
-        let growth: u32 = self.streams.iter().map(|(_, stream)| stream.receiving.limit - STREAM_WINDOW).sum();
-        assert_eq!((self.waiting, self.heads, self.growth), (waiting, heads, growth));
+        let growth: u32 =
+            self.streams.iter().map(|(_, stream)| stream.receiving.limit - self.role.first_window()).sum();
+        let promised: u32 = self.streams.iter().map(|(_, stream)| stream.promised).sum();
+        assert_eq!((self.waiting, self.heads, self.growth, self.promised), (waiting, heads, growth, promised));
     }
 }

@@ -72,7 +72,7 @@ impl Driver {
 
     fn keep_time(&mut self, cx: &mut Context<'_>) -> Result<(), Error> {
         let state = self.shared.borrow();
-        let busy = state.streams() > 0 || state.is_leaving();
+        let busy = state.streams() > 0 || state.is_leaving() || state.owes();
         drop(state);
         if self.beat.is_none() && busy {
             self.beat = Some(Box::pin(tokio::time::sleep(PING_INTERVAL)));

@@ -5,11 +5,14 @@ use crate::body::{BodyError, Frame, Length};
 use std::task::{Context, Poll};
 use tokio::task::AbortHandle;
 
-/// A body that arrives over HTTP/2. Its window opens again as its parts are taken. Dropping it before its end resets
+/// A body that arrives over HTTP/2. Its window opens again as its parts are done with: when the next one is asked for,
+/// the one before is on its way. Dropping it before its end resets
 /// the stream when it answers a request of ours.
 #[derive(Debug)]
 pub struct Incoming {
     stream: Handle,
+    /// The stream on which an answer is passed on.
+    reader: Option<Handle>,
     ended: bool,
     /// The task that still sends the request which this answers; it ends with the answer.
     _sender: Option<AbortOnDrop>,
@@ -26,8 +29,14 @@ impl Drop for AbortOnDrop {
 }
 
 impl Incoming {
-    pub(super) fn new(stream: Handle, sender: Option<AbortOnDrop>) -> Self {
-        Self { stream, ended: false, _sender: sender }
+    /// The body of a request.
+    pub(super) fn of_request(stream: Handle) -> Self {
+        Self { stream, reader: None, ended: false, _sender: None }
+    }
+
+    /// The body of an answer that is passed on to this stream.
+    pub(super) fn of_answer(stream: Handle, reader: Option<Handle>, sender: Option<AbortOnDrop>) -> Self {
+        Self { stream, reader, ended: false, _sender: sender }
     }
 
     /// How many bytes remain, where the sender said so.
@@ -35,7 +44,7 @@ impl Incoming {
         self.stream.with(|state, key| {
             let receiving = &state.stream(key).receiving;
             match receiving.remaining {
-                Some(left) => Length::Known(left + receiving.waiting() as u64),
+                Some(left) => Length::Known(left + receiving.kept() as u64),
                 None => Length::Unknown,
             }
         })
@@ -57,9 +66,9 @@ impl Incoming {
             return Poll::Ready(None);
         }
         let next = self.stream.with(|state, key| {
+            state.taken(key, self.reader.as_ref());
             let stream = state.stream(key);
-            if let Some(part) = stream.receiving.take_part() {
-                state.taken(key, part.len());
+            if let Some(part) = stream.receiving.lend_part() {
                 return Poll::Ready(Some(Ok(Frame::Data(part))));
             }
             if let Some(reset) = stream.reset {

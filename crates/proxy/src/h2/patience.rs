@@ -14,6 +14,9 @@ const BURST: u32 = 1000;
 /// Tokens that come back in a second.
 const PER_SECOND: u32 = 100;
 
+/// What is kept back of it for what cannot wait.
+const RESERVE: u32 = 100;
+
 /// What a frame costs that has to be answered or changes nothing.
 pub(super) const CONTROL: u32 = 1;
 
@@ -59,6 +62,13 @@ impl Patience {
             }
             None => Err(Error::Protocol { code: Code::ENHANCE_YOUR_CALM, detail: "too much that is of no use" }),
         }
+    }
+
+    /// Pays for something that can wait, unless so little is left that what cannot wait may soon not be paid for.
+    pub(super) fn spare(&mut self, price: u32) -> bool {
+        let spares = self.pay(price + RESERVE).is_ok();
+        self.tokens += if spares { RESERVE } else { 0 };
+        spares
     }
 
     /// True when less than half of it is left.

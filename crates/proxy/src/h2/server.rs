@@ -58,11 +58,13 @@ where
     R: Fn(Cause),
 {
     let shared = Rc::new(RefCell::new(State::new(Role::Server)));
-    shared.borrow_mut().expect(options.pace);
+    shared.borrow_mut().keep_pace(options.pace);
     let mut driver = Driver::of_server(shared.clone(), io, prefix);
     let served = run(&mut driver, &shared, options.idler, drain, &refused, Rc::new(service)).await;
     if let Err(error) = &served {
         shared.borrow_mut().close(error);
+        // What came in one read with the connection's end counts as well, where it was to be refused.
+        take_refused(&shared, &refused);
     }
     driver.finish().await;
     served
@@ -148,8 +150,7 @@ where
     S: AsyncFn(Request) -> Option<Response> + 'static,
     R: Fn(Cause),
 {
-    let malformed = std::mem::take(&mut shared.borrow_mut().malformed);
-    (0..malformed).for_each(|_| refused(Cause::BadRequest));
+    take_malformed(shared, refused);
     loop {
         let next = shared.borrow_mut().accepted.pop_front();
         let Some(Accepted { key, head, ended }) = next else { return };
@@ -159,7 +160,7 @@ where
         }
         match head {
             Ok(head) => {
-                let body = if ended { Body::Empty } else { Body::H2(Incoming::new(stream.clone(), None)) };
+                let body = if ended { Body::Empty } else { Body::H2(Incoming::of_request(stream.clone())) };
                 let interim = Interim::over_http2(Interims(stream.clone()));
                 // Boxed, since a task moves its future about as a whole.
                 let answer = answer(Request { head, body, interim }, stream, service.clone());
@@ -174,6 +175,25 @@ where
                 refuse(&stream, Cause::HeadTooLarge.status(), Cause::HeadTooLarge);
             }
             Err(Refused::Malformed(_)) => stream.reset(Code::PROTOCOL_ERROR),
+        }
+    }
+}
+
+/// Counts the requests that could not be read.
+fn take_malformed<R: Fn(Cause)>(shared: &Shared, refused: &R) {
+    let malformed = std::mem::take(&mut shared.borrow_mut().malformed);
+    (0..malformed).for_each(|_| refused(Cause::BadRequest));
+}
+
+/// Counts the requests to be refused on a connection that is over. Those that would have been served were not begun.
+fn take_refused<R: Fn(Cause)>(shared: &Shared, refused: &R) {
+    take_malformed(shared, refused);
+    let left = std::mem::take(&mut shared.borrow_mut().accepted);
+    for accepted in left {
+        match accepted.head {
+            Err(Refused::Connect) => refused(Cause::BadRequest),
+            Err(Refused::TooLarge) => refused(Cause::HeadTooLarge),
+            Ok(_) | Err(Refused::Malformed(_)) => {}
         }
     }
 }
@@ -222,6 +242,11 @@ impl Interims {
     /// Sends an interim answer before the final one.
     pub(crate) fn send(&self, head: &ResponseHead) {
         self.0.with(|state, key| state.respond_interim(key, head));
+    }
+
+    /// The stream on which the answer is passed on.
+    pub(super) fn stream(&self) -> &Handle {
+        &self.0
     }
 }
 

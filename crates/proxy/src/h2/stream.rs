@@ -1,8 +1,9 @@
 //! One stream, as its connection knows it and as the tasks that work for it hold it.
 
+use super::SEND_BUFFER;
 use super::connection::State;
 use super::frame::{Code, MAX_PAYLOAD};
-use super::{SEND_BUFFER, STREAM_WINDOW};
+use crate::h1::buffer;
 use bytes::{Buf, Bytes, BytesMut};
 use sheer_core::head::{Fields, ResponseHead};
 use std::cell::RefCell;
@@ -11,8 +12,8 @@ use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
 /// A part of at most this many bytes is kept in memory of its own: whoever holds it holds no more than that. A larger
-/// one shares the memory that it was read into.
-const SMALL: usize = 2048;
+/// one shares the memory that it was read into, which is at most twice as large.
+const SMALL: usize = buffer::LARGE / 2;
 
 /// A stream in its connection's state.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub(super) struct Stream {
     pub(super) looked_at: u64,
     /// For how many intervals the peer has been waited for since.
     pub(super) waited: u8,
+    /// What the endpoint of its answer may send ahead beyond what it may in any case.
+    pub(super) promised: u32,
 }
 
 /// Why a stream ended before its time.
@@ -75,6 +78,8 @@ pub(super) struct Receiving {
     /// The answer to this request has no body, whatever its length field says.
     pub(super) bodiless: bool,
     parts: VecDeque<BytesMut>,
+    /// Length of the part that the reader has and is not done with.
+    pub(super) lent: usize,
     pub(super) trailers: Option<Fields>,
     /// What `content-length` has promised and has not come.
     pub(super) remaining: Option<u64>,
@@ -94,6 +99,8 @@ pub(super) struct Sending {
     pub(super) open: bool,
     /// What we may still send.
     pub(super) window: i64,
+    /// The peer has opened this window further.
+    pub(super) widened: bool,
     /// Something waits for room.
     pub(super) waits: bool,
     /// It is in the connection's queue of those that wait for it.
@@ -102,7 +109,7 @@ pub(super) struct Sending {
 }
 
 impl Stream {
-    pub(super) fn new(id: u32, window: u32, send_window: u32) -> Self {
+    pub(super) fn new(id: u32, window: u32, limit: u32, send_window: u32) -> Self {
         Self {
             id,
             handles: 0,
@@ -117,18 +124,27 @@ impl Stream {
                 has_head: false,
                 bodiless: false,
                 parts: VecDeque::new(),
+                lent: 0,
                 trailers: None,
                 remaining: None,
                 window: i64::from(window),
-                limit: STREAM_WINDOW,
+                limit,
                 unreleased: 0,
                 waker: None,
             },
-            sending: Sending { open: true, window: i64::from(send_window), waits: false, queued: false, waker: None },
+            sending: Sending {
+                open: true,
+                window: i64::from(send_window),
+                widened: false,
+                waits: false,
+                queued: false,
+                waker: None,
+            },
             reset: None,
             moved: 0,
             looked_at: 0,
             waited: 0,
+            promised: 0,
         }
     }
 
@@ -164,17 +180,22 @@ impl Receiving {
         from.advance(length);
     }
 
-    /// Takes everything that is kept away; how much it was.
+    /// Takes everything that is kept away; how much it was, with what the reader has.
     pub(super) fn drop_parts(&mut self) -> usize {
-        std::mem::take(&mut self.parts).iter().map(BytesMut::len).sum()
+        let waiting = self.kept() + std::mem::take(&mut self.lent);
+        self.parts = VecDeque::new();
+        waiting
     }
 
-    pub(super) fn take_part(&mut self) -> Option<Bytes> {
-        self.parts.pop_front().map(BytesMut::freeze)
+    /// The next part. The reader is done with it when it asks for the one after it: until then it counts as kept.
+    pub(super) fn lend_part(&mut self) -> Option<Bytes> {
+        let part = self.parts.pop_front()?;
+        self.lent = part.len();
+        Some(part.freeze())
     }
 
-    /// How many bytes are kept.
-    pub(super) fn waiting(&self) -> usize {
+    /// How many bytes are kept for the reader.
+    pub(super) fn kept(&self) -> usize {
         self.parts.iter().map(BytesMut::len).sum()
     }
 
@@ -182,9 +203,9 @@ impl Receiving {
         self.parts.is_empty()
     }
 
-    /// True when somebody waits for the rest of what was promised.
+    /// True when somebody waits for the rest.
     pub(super) fn is_awaited(&self) -> bool {
-        self.open && self.waker.is_some() && self.remaining.is_some_and(|left| left > 0)
+        self.open && self.waker.is_some() && self.remaining != Some(0)
     }
 
     /// The task to wake when something comes.
@@ -269,6 +290,16 @@ impl Handle {
             }
             Poll::Pending
         })
+    }
+
+    /// How far its peer's windows are open.
+    pub(super) fn window(&self) -> u32 {
+        self.with(|state, key| state.send_window.min(state.stream(key).sending.window).max(0) as u32)
+    }
+
+    /// Whether its peer has opened its window further than it was at first.
+    pub(super) fn is_widened(&self) -> bool {
+        self.with(|state, key| state.stream(key).sending.widened)
     }
 
     /// Sends a part of a body, for which there is room.

@@ -1,5 +1,8 @@
 //! Whole connections: against raw frames, and one side of ours against the other.
 
+mod patience;
+mod windows;
+
 use super::client::Connection;
 use super::connection::{Role, State};
 use super::frame::{self, Code, END_HEADERS, END_STREAM, HEADER, Header, Kind, PADDED, PREFACE, setting};
@@ -13,6 +16,7 @@ use crate::idle::Idlers;
 use bytes::{Buf, Bytes, BytesMut};
 use http::{Method, StatusCode};
 use proptest::prelude::*;
+use sheer_core::cause::Cause;
 use sheer_core::head::{RequestHead, ResponseHead, Version};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -153,8 +157,10 @@ async fn bytes_of(mut body: Body) -> Vec<u8> {
     all
 }
 
+/// A test, which fails rather than hang. Where the clock is paused, none takes as long.
 async fn local<T>(test: impl Future<Output = T>) -> T {
-    LocalSet::new().run_until(test).await
+    let tasks = LocalSet::new();
+    tokio::time::timeout(Duration::from_secs(400), tasks.run_until(test)).await.expect("the test ends")
 }
 
 #[tokio::test]
@@ -320,7 +326,13 @@ async fn requests_wait_for_a_stream_that_the_peer_admits() {
         for _ in 0..3 {
             let (header, _) = raw.next_of(Kind::Headers).await;
             raw.send(Kind::Ping, 0, 0, &[0; 8]).await;
-            assert_eq!(raw.next().await.unwrap().0.kind, Kind::Ping, "nothing is asked before that is answered");
+            let next = loop {
+                match raw.next().await.unwrap().0.kind {
+                    Kind::WindowUpdate => {}
+                    kind => break kind,
+                }
+            };
+            assert_eq!(next, Kind::Ping, "nothing is asked before that is answered");
             raw.headers(header.stream, END_STREAM, &[(":status", "204")]).await;
             let answer = asked.pop_front().unwrap().await.unwrap().unwrap();
             assert_eq!(answer.head.status, StatusCode::NO_CONTENT);
@@ -510,6 +522,70 @@ async fn strangers_keep_a_pace_and_leave_when_there_is_no_room() {
     .await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_strangers_conversation_may_pause_and_is_left_when_nobody_says_anything() {
+    local(async {
+        let options = Options { pace: Some(Pace::OF_STRANGERS), idler: None };
+        let (near, far) = duplex(64 * 1024);
+        let (_signal, drain) = drain::channel();
+        // What it hears it says.
+        let service = async |request: Request| ok(request.body);
+        spawn_local(serve(far.into(), BytesMut::new(), options, drain, |_| {}, service));
+        let mut raw = Raw::over(near);
+        raw.say(PREFACE).await;
+        raw.settings(&[]).await;
+        raw.request(1, 0).await;
+        let mut silent = tokio::time::Instant::now();
+        let mut said = false;
+        loop {
+            let (header, payload) = raw.next().await.expect("the connection stays");
+            match header.kind {
+                Kind::Ping => {
+                    raw.send(Kind::Ping, frame::ACK, 0, &payload).await;
+                    if !said && silent.elapsed() > Duration::from_secs(60) {
+                        raw.send(Kind::Data, 0, 1, b"still there?").await;
+                        silent = tokio::time::Instant::now();
+                        said = true;
+                    }
+                }
+                Kind::RstStream => break assert_eq!(header.stream, 1),
+                _ => {}
+            }
+        }
+        let silence = silent.elapsed().as_secs();
+        assert!(said && (300..=320).contains(&silence), "left after {silence} s");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_is_refused_counts_also_when_the_connection_ends_with_it() {
+    local(async {
+        let (near, far) = duplex(64 * 1024);
+        let (_signal, drain) = drain::channel();
+        let refused = RefCell::new(Vec::new());
+        let mut both = BytesMut::from(PREFACE);
+        frame::settings(&[], &mut both);
+        // GET http / with a field of an empty name; then CONNECT; then a frame that ends the connection.
+        Header::write(6, Kind::Headers, END_HEADERS | END_STREAM, 1, &mut both);
+        both.extend_from_slice(b"\x82\x86\x84\0\0\0");
+        Header::write(12, Kind::Headers, END_HEADERS, 3, &mut both);
+        both.extend_from_slice(b"\x02\x07CONNECT\x01\x01a");
+        Header::write(0, Kind::Headers, END_HEADERS, 2, &mut both);
+        let mut raw = Raw::over(near);
+        raw.say(&both).await;
+        let service = async |_: Request| ok(Body::Empty);
+        let note = |cause| refused.borrow_mut().push(cause);
+        let (ended, _) =
+            tokio::join!(serve(far.into(), BytesMut::new(), Options::default(), drain, note, service), async move {
+                while raw.next().await.is_some() {}
+            });
+        assert!(matches!(ended, Err(Error::Protocol { .. })), "{ended:?}");
+        assert_eq!(refused.take(), [Cause::BadRequest, Cause::BadRequest]);
+    })
+    .await;
+}
+
 /// Both sides are ours, and every body arrives as it was sent, whatever the pipe does.
 async fn exchange(bodies: Vec<(usize, usize)>, pipe: usize) {
     let (near, far) = duplex(pipe);
@@ -591,7 +667,7 @@ proptest! {
         frame::settings(&[], &mut buffer);
         if !server {
             for _ in 0..3 {
-                let key = shared.borrow_mut().open(&head(), false);
+                let key = shared.borrow_mut().open(&head(), false, None);
                 held.push(super::stream::Handle::new(&shared, key));
             }
         }
@@ -622,7 +698,7 @@ proptest! {
             match takes.next() {
                 Some(0) => drop(held.pop()),
                 Some(1) => held.iter().for_each(|it| {
-                    it.with(|state, key| while let Some(part) = state.stream(key).receiving.take_part() { state.taken(key, part.len()) });
+                    it.with(|state, key| while state.stream(key).receiving.lend_part().is_some() { state.taken(key, None) });
                 }),
                 Some(2) => held.iter().for_each(|it| {
                     let _ = it.respond(&ResponseHead::new(StatusCode::OK), false);

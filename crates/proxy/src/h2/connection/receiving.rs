@@ -7,9 +7,7 @@ use crate::h2::frame::{
 use crate::h2::head::{Part, Reader, Refused};
 use crate::h2::patience;
 use crate::h2::stream::{By, Reset, Stream};
-use crate::h2::{
-    CONNECTION_WINDOW, DEFAULT_WINDOW, Error, MAX_HEADS, MAX_STREAMS, MAX_WAITING, SHARE_OF_HEADS, STREAM_WINDOW,
-};
+use crate::h2::{DEFAULT_WINDOW, Error, MAX_HEADS, MAX_STREAMS, SHARE_OF_HEADS};
 use bytes::{Buf, BytesMut};
 use http::StatusCode;
 use sheer_core::head::MAX_HEAD_BYTES;
@@ -126,6 +124,10 @@ impl State {
         }
         receiving.window -= length as i64;
         *moved += size as u64;
+        if self.role == Role::Client && size > 0 {
+            // The peer counts it as well.
+            self.asked_in_vain.earn();
+        }
         // Padding is taken at once.
         receiving.unreleased += padding as u32;
         if receiving.discarded {
@@ -364,7 +366,7 @@ impl State {
             if !std::mem::replace(&mut self.acknowledged, true) {
                 // From here on it keeps to our windows, and what it has sent before counts.
                 for (_, stream) in &mut self.streams {
-                    stream.receiving.window -= i64::from(DEFAULT_WINDOW - STREAM_WINDOW);
+                    stream.receiving.window -= i64::from(DEFAULT_WINDOW - self.role.first_window());
                 }
             }
             return Ok(());
@@ -454,7 +456,11 @@ impl State {
 
     fn window_update(&mut self, header: Header, payload: &[u8]) -> Result<(), Error> {
         let increment = i64::from(number(payload)? & 0x7fff_ffff);
-        self.patience.pay(patience::CONTROL)?;
+        // One comes with many a request, whose peer wants more of its answer than it does as a rule.
+        let key = self.by_id.get(&header.stream).copied();
+        if key.is_none_or(|key| std::mem::replace(&mut self.streams[key].sending.widened, true)) {
+            self.patience.pay(patience::CONTROL)?;
+        }
         if header.stream == 0 {
             self.send_window += increment;
             if increment == 0 {
@@ -467,7 +473,7 @@ impl State {
             return Ok(());
         }
         self.check_not_idle(header.stream)?;
-        let Some(key) = self.by_id.get(&header.stream).copied() else { return Ok(()) };
+        let Some(key) = key else { return Ok(()) };
         if increment == 0 {
             return self.mistake(header.stream, Code::PROTOCOL_ERROR);
         }
@@ -515,6 +521,9 @@ impl State {
     }
 
     fn is_remembered(&self, id: u32) -> bool {
+        if self.owed.iter().any(|(owed, _)| *owed == id) {
+            return true;
+        }
         // What has been forgotten is older than what is remembered.
         self.reset_by_us.contains(&id) || self.reset_by_us.len() == REMEMBERED && Some(&id) < self.reset_by_us.front()
     }
@@ -524,15 +533,5 @@ impl State {
             self.reset_by_us.pop_front();
         }
         self.reset_by_us.push_back(id);
-    }
-
-    /// Gives bytes back to the connection's window, however slow their reader: only its stream waits for it, unless
-    /// too much waits already.
-    pub(super) fn release(&mut self, length: u32) {
-        self.unreleased += length;
-        if self.unreleased >= CONNECTION_WINDOW / 2 && (self.role == Role::Client || self.waiting <= MAX_WAITING) {
-            self.window += i64::from(self.unreleased);
-            frame::window_update(0, std::mem::take(&mut self.unreleased), self.out.tail());
-        }
     }
 }

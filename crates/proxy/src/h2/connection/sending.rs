@@ -1,11 +1,11 @@
 //! What those who work for streams send.
 
 use super::{LAST_STREAM, Role, State};
+use crate::h2::MAX_STREAMS;
 use crate::h2::frame::{self, Code, END_STREAM, Header, Kind};
 use crate::h2::head;
 use crate::h2::patience;
-use crate::h2::stream::{Broken, By, Reset, Stream};
-use crate::h2::{CONNECTION_WINDOW, GROWTH, MAX_STREAM_WINDOW, MAX_STREAMS};
+use crate::h2::stream::{Broken, By, Handle, Reset, Stream};
 use bytes::Bytes;
 use sheer_core::head::{Fields, RequestHead, ResponseHead};
 use std::rc::Rc;
@@ -33,8 +33,8 @@ impl State {
         self.slots.clone()
     }
 
-    /// Opens a stream with a request.
-    pub(in crate::h2) fn open(&mut self, head: &RequestHead, ends: bool) -> usize {
+    /// Opens a stream with a request whose answer is passed on to this stream.
+    pub(in crate::h2) fn open(&mut self, head: &RequestHead, ends: bool, reader: Option<&Handle>) -> usize {
         let id = self.next();
         self.last = id;
         let mut stream = self.new_stream(id);
@@ -43,7 +43,9 @@ impl State {
         let flags = if ends { END_STREAM } else { 0 };
         head::write_request(head, id, flags, &mut self.encoder, self.out.tail());
         self.touch();
-        self.insert(stream)
+        let key = self.insert(stream);
+        self.open_ahead(key, reader);
+        key
     }
 
     pub(in crate::h2) fn respond(&mut self, key: usize, head: &ResponseHead, ends: bool) -> Result<(), Broken> {
@@ -75,6 +77,7 @@ impl State {
             return;
         }
         *moved += data.len() as u64;
+        self.sent += data.len() as u64;
         sending.window -= data.len() as i64;
         self.send_window -= data.len() as i64;
         let flags = if ends { END_STREAM } else { 0 };
@@ -118,14 +121,33 @@ impl State {
             return;
         }
         let id = stream.id;
-        if self.role == Role::Client && stream.receiving.open {
-            // Strained it is not used any more; spent it says nothing that strained did not.
-            let _ = self.asked_in_vain.pay(patience::RESET);
+        let is_in_vain = self.role == Role::Client && stream.receiving.open;
+        if is_in_vain && !self.asked_in_vain.spare(patience::RESET) {
+            // As many at once as a client that went away had requests: the peer would end the connection, with the
+            // requests of all others.
+            self.owed.push_back((id, code));
+        } else {
+            frame::reset(id, code, self.out.tail());
+            self.remember(id);
         }
-        frame::reset(id, code, self.out.tail());
-        self.remember(id);
         self.end(key, Reset { code, by });
         self.touch();
+    }
+
+    /// Says what has been put off, as far as the peer has patience for it now.
+    pub(super) fn say_owed(&mut self) {
+        while let Some((id, code)) = self.owed.front().copied()
+            && self.asked_in_vain.spare(patience::RESET)
+        {
+            frame::reset(id, code, self.out.tail());
+            self.remember(id);
+            self.owed.pop_front();
+        }
+    }
+
+    /// True when the peer has not been told of all resets.
+    pub(in crate::h2) fn owes(&self) -> bool {
+        !self.owed.is_empty()
     }
 
     /// Nobody reads a stream any more. A response that nobody wants is cancelled; a request's answer may still be wanted.
@@ -139,31 +161,6 @@ impl State {
         receiving.trailers = None;
         if receiving.open && self.role == Role::Client {
             self.reset(key, Code::CANCEL);
-        }
-    }
-
-    /// A reader has taken so much.
-    pub(in crate::h2) fn taken(&mut self, key: usize, length: usize) {
-        self.waiting -= length;
-        let id = self.streams[key].id;
-        let receiving = &mut self.streams[key].receiving;
-        receiving.unreleased += length as u32;
-        if receiving.open && receiving.unreleased >= receiving.limit / 2 {
-            let mut increment = std::mem::take(&mut receiving.unreleased);
-            let larger = receiving.limit.saturating_mul(2).min(MAX_STREAM_WINDOW) - receiving.limit;
-            // A reader that keeps up is limited by how far away its source is alone.
-            if receiving.is_drained() && self.growth + larger <= GROWTH {
-                self.growth += larger;
-                receiving.limit += larger;
-                increment += larger;
-            }
-            receiving.window += i64::from(increment);
-            frame::window_update(id, increment, self.out.tail());
-            self.touch();
-        }
-        if self.unreleased >= CONNECTION_WINDOW / 2 {
-            self.release(0);
-            self.touch();
         }
     }
 }
