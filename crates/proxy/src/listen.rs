@@ -23,9 +23,13 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 /// How long accepting pauses when there is no descriptor left: those in use must be closed first.
 const NO_DESCRIPTOR: Duration = Duration::from_millis(50);
+
+/// The log tells of such pauses once in so long.
+const PAUSES_TOLD: Duration = Duration::from_secs(1);
 
 /// Idle connections that make room at once for those that come: looking for them takes longer than ending them.
 const MADE_AT_ONCE: usize = 16;
@@ -164,6 +168,7 @@ pub async fn accept(worker: Rc<Worker>, listener: TcpListener, traffic: Traffic,
     if let Err(error) = socket2::SockRef::from(&listener).set_out_of_band_inline(true) {
         tracing::warn!(%error, "urgent bytes will be lost");
     }
+    let mut pauses = Pauses::default();
     loop {
         // Neither arm loses a connection: one that was not accepted is the next proxy's.
         let accepted = tokio::select! {
@@ -179,11 +184,31 @@ pub async fn accept(worker: Rc<Worker>, listener: TcpListener, traffic: Traffic,
             },
             Err(error) if is_about_one_connection(&error) => {}
             Err(error) => {
-                tracing::warn!(%error, "accepting pauses");
+                pauses.tell(&error);
                 worker.make_room(usize::MAX);
                 tokio::time::sleep(NO_DESCRIPTOR).await;
             }
         }
+    }
+}
+
+/// Pauses in accepting, of which not each has a line in the log: there may be twenty in a second.
+#[derive(Default)]
+struct Pauses {
+    told: Option<Instant>,
+    since: u64,
+}
+
+impl Pauses {
+    /// There is another one. True when it is told of, with the number of those since it was last done.
+    fn tell(&mut self, error: &io::Error) -> bool {
+        self.since += 1;
+        if self.told.is_some_and(|told| told.elapsed() < PAUSES_TOLD) {
+            return false;
+        }
+        tracing::warn!(%error, times = self.since, "accepting pauses");
+        *self = Self { told: Some(Instant::now()), since: 0 };
+        true
     }
 }
 
@@ -264,6 +289,17 @@ fn is_about_one_connection(error: &io::Error) -> bool {
 mod tests {
     use super::*;
     use tokio::sync::oneshot;
+
+    #[tokio::test(start_paused = true)]
+    async fn pauses_are_told_of_once_a_second() {
+        let mut pauses = Pauses::default();
+        let mut told = 0;
+        for _ in 0..100 {
+            told += u32::from(pauses.tell(&io::Error::other("no descriptor")));
+            tokio::time::advance(NO_DESCRIPTOR).await;
+        }
+        assert_eq!(told, 5);
+    }
 
     #[tokio::test]
     async fn a_connection_that_panics_takes_nothing_else_with_it() {
