@@ -27,11 +27,11 @@ impl Scenario {
 
     /// What a seed is about.
     pub fn of(seed: u64) -> Self {
-        match seed % 10 {
-            0..=3 => Scenario::Chaos,
-            4 | 5 => Scenario::Remote,
-            6 | 7 => Scenario::BackAndForth,
-            8 => Scenario::Clocks,
+        match seed % 20 {
+            0..=8 => Scenario::Chaos,
+            9..=12 => Scenario::Remote,
+            13..=16 => Scenario::BackAndForth,
+            17 | 18 => Scenario::Clocks,
             _ => Scenario::Certificates,
         }
     }

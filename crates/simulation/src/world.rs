@@ -21,7 +21,7 @@ use std::time::Duration;
 use turmoil::Sim;
 
 /// A step of simulated time. Messages arrive between steps.
-const STEP_MS: u64 = 20;
+const STEP_MS: u64 = 25;
 /// How long messages take at most, unless something makes them slower.
 const LATENCY_MS: u64 = 30;
 /// How long everything may take to come together, at the start and after everything works again.
@@ -29,6 +29,8 @@ const TOGETHER_MS: u64 = 60_000;
 /// For how long it must stay so: longer than a change takes to be stored, and than a connection that lost something in
 /// silence takes to be given up.
 const CALM_MS: u64 = 5_000;
+/// The same at the start, where nothing was lost.
+const BEGIN_MS: u64 = 1_000;
 /// How long a change takes to be stored, at most.
 const STORED_MS: u64 = 2_500;
 /// How soon a proxy that finds its configuration on disk serves, with the control plane or without.
@@ -80,6 +82,8 @@ struct World {
     is_broken: bool,
     /// Nothing else may be shown any more.
     frozen: Option<u16>,
+    /// Somebody has another certificate since hands were shaken.
+    renewed: bool,
     trace: Vec<String>,
     panics: Arc<Mutex<Vec<String>>>,
     _home: tempfile::TempDir,
@@ -156,6 +160,7 @@ impl World {
             version: 0,
             is_broken: false,
             frozen: None,
+            renewed: true,
             trace: Vec::new(),
             panics,
             _home: home,
@@ -204,25 +209,25 @@ impl World {
     fn live(&mut self) -> Result<u64> {
         let plan = self.plan.clone();
         self.tell(format!("{:?}, {} proxies", plan.scenario, plan.proxies));
-        self.come_together()?;
+        self.come_together(BEGIN_MS)?;
         if plan.scenario.is_remote() {
             // The first certificate came by the unix socket; now they are on other hosts.
             for number in 0..self.members.len() {
                 self.members[number].host.is_remote.store(true, Relaxed);
                 self.proxy_down(number, Down::Killed, 0)?;
             }
-            self.come_together()?;
+            self.come_together(BEGIN_MS)?;
         }
         self.members.iter_mut().for_each(|it| it.was_down = false);
         self.tell("it begins");
         self.suffer(&plan)?;
-        let took = self.come_together()?;
+        let took = self.come_together(CALM_MS)?;
         if plan.scenario == Scenario::BackAndForth {
             self.frozen = Some(self.version);
             let calm = plan.draw_calm(&mut self.random);
             self.tell("nothing is written any more");
             self.suffer(&calm)?;
-            self.come_together()?;
+            self.come_together(CALM_MS)?;
         }
         if self.random.random_ratio(1, 4) {
             self.compare_with_a_new_one()?;
@@ -444,6 +449,7 @@ impl World {
                 self.judge(number, &seen, &before)?;
             }
             if renewed {
+                self.renewed = true;
                 self.tell(format!("{name} has another certificate"));
             }
             let from_disk = self.plan.scenario != Scenario::Clocks && self.plan.scenario != Scenario::Certificates;
@@ -483,14 +489,21 @@ impl World {
     }
 
     /// Any two proxies that work can shake hands.
-    fn shake_hands(&self) -> Result<()> {
+    fn shake_hands(&mut self) -> Result<()> {
+        let anew = std::mem::take(&mut self.renewed);
         for one in &self.members {
             for other in &self.members {
                 let (Some(own), Some(theirs)) = (&one.held, &other.held) else { continue };
                 // Those that are down shake no hands; one that was until now has to renew first.
                 let works = |it: &Member| it.seen.ready && it.back.is_none();
-                if works(one) && works(other) {
-                    admits(own, one.host.wall.now(), theirs)
+                if !works(one) || !works(other) {
+                    self.renewed = true;
+                    continue;
+                }
+                // Nothing but the time is another than a second ago.
+                let now = one.host.wall.now();
+                if anew || !theirs.holds_at(now) {
+                    admits(own, now, theirs)
                         .map_err(|error| anyhow!("{} does not admit {}: {error}", one.host.name, other.host.name))?;
                 }
             }
@@ -498,8 +511,8 @@ impl World {
         Ok(())
     }
 
-    /// Waits until everybody shows the same, and all of it. Returns how long that took.
-    fn come_together(&mut self) -> Result<u64> {
+    /// Waits until everybody shows the same, and all of it, for so long. Returns when that began.
+    fn come_together(&mut self, for_ms: u64) -> Result<u64> {
         let began = self.now();
         let mut since = None;
         loop {
@@ -508,7 +521,7 @@ impl World {
             match self.is_together() {
                 Ok(()) => {
                     let first = *since.get_or_insert(now);
-                    if now >= first + CALM_MS {
+                    if now >= first + for_ms {
                         self.tell("everything is together");
                         return Ok(first - began);
                     }
@@ -556,7 +569,7 @@ impl World {
     fn compare_with_a_new_one(&mut self) -> Result<()> {
         self.tell("a new proxy comes");
         self.join(9, "other")?;
-        self.come_together()?;
+        self.come_together(STORED_MS)?;
         let held: Vec<_> = self.members.iter().map(|it| configuration(&it.host)).collect::<Result<_>>()?;
         let Some((new, others)) = held.split_last() else { return Ok(()) };
         for (number, other) in others.iter().enumerate() {
