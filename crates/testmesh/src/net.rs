@@ -12,7 +12,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::unistd::Pid;
 use std::cell::Cell;
 use std::fs::File;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -118,6 +118,21 @@ impl Net {
     fn next(&self) -> u8 {
         self.hosts.set(self.hosts.get() + 1);
         self.hosts.get()
+    }
+
+    /// Gives a host the address fd91:N::2 beside its own, and a way to all others that have one.
+    ///
+    /// # Errors
+    /// When the addresses cannot be made.
+    pub fn ipv6(&self, host: &Host) -> Result<Ipv6Addr> {
+        let number = host.number;
+        self.router.run(&["sysctl", "-qw", "net.ipv6.conf.all.forwarding=1"])?;
+        let gateway = format!("fd91:{number}::1");
+        // Nobody else has these addresses: nothing is waited for.
+        self.router.run(&["ip", "addr", "add", &format!("{gateway}/64"), "dev", &format!("r{number}"), "nodad"])?;
+        host.holder.run(&["ip", "addr", "add", &format!("fd91:{number}::2/64"), "dev", "eth0", "nodad"])?;
+        host.holder.run(&["ip", "-6", "route", "add", "default", "via", &gateway])?;
+        Ok(format!("fd91:{number}::2").parse()?)
     }
 
     /// Drops every packet between two hosts, without telling either.

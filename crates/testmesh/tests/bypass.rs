@@ -17,7 +17,7 @@ use sheer_testmesh::shop::PLAIN_USER;
 use sheer_testmesh::wait;
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -128,7 +128,8 @@ impl<'a> Victim<'a> {
 
     /// `sheer proxy`, strict, in the network that the application has always been in.
     fn here(host: &'a Host, name: &'static str, home: &Path, control: &Control<'_>) -> Result<Self> {
-        let listener = host.inside(|| Ok(TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?))?;
+        // In both families.
+        let listener = host.inside(|| Ok(TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT))?))?;
         let recorder = Recorder::answer(listener)?;
         let port = PORT.to_string();
         let own = ["--name", name, "--port", &port, "--capture", "here", "--mode", "strict"];
@@ -326,6 +327,9 @@ fn nobody_gets_around_the_mesh() -> Result<()> {
 
     strangers(&stranger, &web, &api)?;
     honest()?;
+    net.ipv6(&stranger)?;
+    strangers_by_ipv6(&stranger, &api, net.ipv6(&two)?)?;
+    honest()?;
     routed(&behind, &web, &api)?;
     honest()?;
     published(&stranger, &friend, &web)?;
@@ -384,6 +388,28 @@ fn strangers(stranger: &Host, web: &Victim<'_>, api: &Victim<'_>) -> Result<()> 
     }
     for port in [METRICS, 15001, 15053] {
         ensure!(api.hears_nothing("the port itself", || closed(api.at(port)))?, "port {port} is open on two");
+    }
+    Ok(())
+}
+
+/// D6: the same by IPv6, in which the application listens as well.
+fn strangers_by_ipv6(stranger: &Host, api: &Victim<'_>, address: Ipv6Addr) -> Result<()> {
+    for port in [DOOR, PORT] {
+        for (row, what, bytes, expected) in PLAINTEXT {
+            let before = api.refused("plaintext-refused")?;
+            let what = format!("{row}: {what} to port {port} by IPv6");
+            let told = api.hears_nothing(&what, || stranger.inside(|| ask((address, port).into(), bytes)))?;
+            ensure!(is_told(&told, expected), "{what}: wanted '{expected}', had {told}");
+            wait::until("it is counted", PATIENCE, || {
+                ensure!(api.refused("plaintext-refused")? > before, "{what} is not counted");
+                Ok(())
+            })?;
+        }
+    }
+    for port in [METRICS, 15001, 15053] {
+        let to = SocketAddr::from((address, port));
+        let closed = || stranger.inside(|| Ok(TcpStream::connect_timeout(&to, Duration::from_secs(2)).is_err()));
+        ensure!(api.hears_nothing("the port itself", closed)?, "port {port} is open on two by IPv6");
     }
     Ok(())
 }
