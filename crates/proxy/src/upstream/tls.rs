@@ -194,7 +194,9 @@ impl Credentials {
         if leads_to(chain, &self.anchors) {
             return Standing::Trusted;
         }
-        let retired = self.retired.iter().filter(|(root, _)| leads_to(chain, std::slice::from_ref(root)));
+        // By its issuer alone: a root that was withdrawn may have been certified by one that was replaced in order.
+        let direct = &chain[..chain.len().min(2)];
+        let retired = self.retired.iter().filter(|(root, _)| leads_to(direct, std::slice::from_ref(root)));
         retired.map(|(_, until)| *until).max().map_or(Standing::Distrusted, Standing::Retired)
     }
 
