@@ -1,7 +1,8 @@
 //! The last good answers of the host's resolvers, given again while these fail (RFC 8767).
 //!
 //! An answer belongs to the question as it was asked, byte by byte but for the id: whoever asks in another way gets an answer
-//! of their own. Only addresses and the like are kept; that a name does not exist is an answer too, and is believed.
+//! of their own. That a name does not exist, or has nothing of the kind, is an answer too, and is believed: it ends what was
+//! kept, and is itself given again for a moment only.
 
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -39,10 +40,19 @@ struct Answers {
 struct Answer {
     bytes: Vec<u8>,
     got: Instant,
-    /// When the resolvers were last asked for it.
+    /// When the resolvers were last asked for it, or failed to answer.
     asked: Instant,
     /// Whether that was in vain.
     failed: bool,
+    /// It says that there is nothing: no answer to give while resolvers fail.
+    nothing: bool,
+}
+
+impl Answer {
+    /// Whether it is still an answer when no resolver gives another one.
+    fn outlives(&self, now: Instant) -> bool {
+        !self.nothing && now.duration_since(self.got) < STALE
+    }
 }
 
 impl Kept {
@@ -51,11 +61,10 @@ impl Kept {
     pub(super) fn young(&self, question: &[u8], now: Instant) -> Option<Vec<u8>> {
         let mut answers = self.0.lock();
         let answer = answers.known.get_mut(question.get(2..)?)?;
-        let age = now.duration_since(answer.got);
-        if age < AGAIN {
+        if now.duration_since(answer.got) < AGAIN {
             return with_id(&answer.bytes, question);
         }
-        if answer.failed && now.duration_since(answer.asked) < AGAIN && age < STALE {
+        if answer.failed && now.duration_since(answer.asked) < AGAIN && answer.outlives(now) {
             return with_id(&old(&answer.bytes)?, question);
         }
         answer.asked = now;
@@ -66,38 +75,49 @@ impl Kept {
     pub(super) fn knows(&self, question: &[u8], now: Instant) -> bool {
         let answers = self.0.lock();
         let known = question.get(2..).and_then(|key| answers.known.get(key));
-        known.is_some_and(|answer| now.duration_since(answer.got) < STALE)
+        known.is_some_and(|answer| answer.outlives(now))
     }
 
     /// The last good answer, when the resolvers have failed now.
     pub(super) fn stale(&self, question: &[u8], now: Instant) -> Option<Vec<u8>> {
         let mut answers = self.0.lock();
         let answer = answers.known.get_mut(question.get(2..)?)?;
-        answer.failed = true;
-        if now.duration_since(answer.got) >= STALE {
+        // From here on, and not from when they were asked: they may have taken longer than a second to fail.
+        (answer.failed, answer.asked) = (true, now);
+        if !answer.outlives(now) {
             return None;
         }
         with_id(&old(&answer.bytes)?, question)
     }
 
-    /// Keeps an answer, when it is a good one. That a name does not exist any more ends what was kept of it.
+    /// Keeps a good answer, and one that says that there is nothing. That a name does not exist any more ends what was kept
+    /// of it; that it has nothing of the kind may come of a resolver in trouble, and does not.
     pub(super) fn keep(&self, question: &[u8], answer: &[u8], now: Instant) {
         let Some(key) = question.get(2..) else { return };
         let has_ended = answer.get(3).is_some_and(|flags| flags & 0x0f == NO_NAME);
-        if !has_ended && (!is_good(answer) || key.len() + answer.len() > MAX_BYTES / 8) {
+        let nothing = has_ended || is_empty(answer);
+        let mut answers = self.0.lock();
+        let had = answers.known.get(key).is_some_and(|before| before.outlives(now));
+        if !has_ended && (nothing && had || !nothing && !is_good(answer)) {
             return;
         }
-        let mut answers = self.0.lock();
         if let Some(before) = answers.known.remove(key) {
             answers.bytes -= key.len() + before.bytes.len();
         }
-        if has_ended {
+        if key.len() + answer.len() > MAX_BYTES / 8 {
             return;
         }
         answers.bytes += key.len() + answer.len();
-        answers.known.insert(key.into(), Answer { bytes: answer.to_vec(), got: now, asked: now, failed: false });
+        answers
+            .known
+            .insert(key.into(), Answer { bytes: answer.to_vec(), got: now, asked: now, failed: false, nothing });
+        if answers.bytes > MAX_BYTES {
+            // Names that somebody makes up push nothing out that is worth keeping.
+            answers.known.retain(|_, it| !it.nothing || now.duration_since(it.got) < AGAIN);
+            answers.bytes = answers.known.iter().map(|(key, it)| key.len() + it.bytes.len()).sum();
+        }
         while answers.bytes > MAX_BYTES {
-            let oldest = answers.known.iter().min_by_key(|(_, it)| it.asked).map(|(key, _)| key.clone());
+            let oldest = answers.known.iter().min_by_key(|(_, it)| (!it.nothing, it.asked)).map(|(key, _)| key.clone());
             let Some((key, gone)) = oldest.and_then(|key| answers.known.remove_entry(&key)) else { break };
             answers.bytes -= key.len() + gone.bytes.len();
         }
@@ -107,6 +127,11 @@ impl Kept {
 /// Not truncated, without an error, with at least one record.
 fn is_good(answer: &[u8]) -> bool {
     answer.len() > HEADER && answer[2] & 0x02 == 0 && answer[3] & 0x0f == 0 && answer[6..8] != [0, 0]
+}
+
+/// Not truncated, without an error, and without a record (RFC 2308, NODATA).
+fn is_empty(answer: &[u8]) -> bool {
+    answer.len() > HEADER && answer[2] & 0x02 == 0 && answer[3] & 0x0f == 0 && answer[6..8] == [0, 0]
 }
 
 /// An answer without its records, which says that there are more than fit.
@@ -211,8 +236,8 @@ mod tests {
         let told = Message::from_vec(&kept.stale(&second, after(1500)).unwrap()).unwrap();
         assert_eq!((told.metadata.id, told.answers.len(), told.answers[0].ttl), (2, 2, STALE_TTL_S));
         assert_eq!(told.edns.map(|it| it.max_payload()), Some(4096));
-        assert!(kept.young(&first, after(2000)).is_some(), "they are not asked more often than that");
-        assert_eq!(kept.young(&first, after(2100)), None);
+        assert!(kept.young(&first, after(2400)).is_some(), "they are not asked again for a second after that");
+        assert_eq!(kept.young(&first, after(2500)), None);
         assert!(kept.stale(&first, after(2000) + STALE).is_none());
         assert_eq!(kept.stale(&question(1, "other.org."), now), None);
     }
@@ -234,7 +259,45 @@ mod tests {
         assert!(kept.stale(&asked, now).is_some());
         kept.keep(&asked, &failed, now);
         assert_eq!(kept.stale(&asked, now), None, "the name has ended");
-        assert_eq!(kept.0.lock().bytes, 0);
+    }
+
+    #[test]
+    fn that_there_is_nothing_is_asked_once_a_second() {
+        let (kept, now) = (Kept::default(), Instant::now());
+        let after = |ms: u64| now + Duration::from_millis(ms);
+        let (first, second) = (question(1, "example.org."), question(2, "example.org."));
+        let no_name = |question: &[u8]| {
+            let mut told = answer(question, 0);
+            told[3] |= NO_NAME;
+            told
+        };
+        for nothing in [&no_name, &|question: &[u8]| answer(question, 0)] as [&dyn Fn(&[u8]) -> Vec<u8>; 2] {
+            kept.keep(&first, &nothing(&first), now);
+            assert_eq!(kept.young(&second, after(900)), Some(nothing(&second)));
+            assert_eq!(kept.young(&second, after(1000)), None);
+            assert!(!kept.knows(&second, after(1000)), "there is nothing to give while resolvers fail");
+            assert_eq!(kept.stale(&second, after(1500)), None);
+            assert_eq!(kept.young(&second, after(1600)), None);
+        }
+        // A resolver in trouble has no addresses all of a sudden; a name that ends is another matter.
+        kept.keep(&first, &answer(&first, 1), now);
+        kept.keep(&first, &answer(&first, 0), now);
+        assert!(kept.stale(&first, now).is_some());
+        kept.keep(&first, &no_name(&first), now);
+        assert_eq!(kept.stale(&first, now), None);
+    }
+
+    #[test]
+    fn made_up_names_push_nothing_out() {
+        let (kept, now) = (Kept::default(), Instant::now());
+        let good = question(1, "example.org.");
+        kept.keep(&good, &answer(&good, 1), now);
+        for number in 0..30_000 {
+            let asked = question(1, &format!("name-{number}.example.org."));
+            kept.keep(&asked, &answer(&asked, 0), now + Duration::from_millis(number));
+        }
+        assert!(kept.0.lock().bytes <= MAX_BYTES);
+        assert!(kept.stale(&good, now + Duration::from_secs(60)).is_some());
     }
 
     #[test]
