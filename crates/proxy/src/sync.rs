@@ -35,6 +35,7 @@ use sheer_core::name::DnsLabel;
 use sheer_core::wire::{PUSHBACK, SERVING, v1};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -64,6 +65,9 @@ const STARTING_LAST: Duration = Duration::from_secs(3);
 /// than [`SAVE_APART`] after the last time.
 const SAVE_AFTER: Duration = Duration::from_millis(200);
 const SAVE_APART: Duration = Duration::from_secs(2);
+
+/// What could not be stored is tried again after this time.
+const SAVE_AGAIN: Duration = Duration::from_secs(5);
 
 const FOREIGN: &str = "the stored configuration is of another control plane than the certificate, and is not used";
 
@@ -450,6 +454,10 @@ struct Saver {
     due: Option<Instant>,
     last: Option<Instant>,
     writing: Option<JoinHandle<()>>,
+    /// The last write failed: what is in force is not what is on disk.
+    failed: Arc<AtomicBool>,
+    /// When to look whether it did.
+    look: Option<Instant>,
     /// In what time to come back after a loss.
     pace: watch::Receiver<u32>,
     leaving: watch::Receiver<Leaving>,
@@ -457,7 +465,7 @@ struct Saver {
 
 impl Saver {
     fn new(directory: Directory, pace: watch::Receiver<u32>, leaving: watch::Receiver<Leaving>) -> Self {
-        Self { directory, due: None, last: None, writing: None, pace, leaving }
+        Self { directory, due: None, last: None, writing: None, failed: Arc::default(), look: None, pace, leaving }
     }
 
     fn note_change(&mut self) {
@@ -470,7 +478,7 @@ impl Saver {
 
     /// Waits until something is to be stored. Cancel safe.
     async fn due(&self) {
-        match self.due {
+        match self.due.into_iter().chain(self.look).min() {
             Some(due) => tokio::time::sleep_until(due).await,
             None => std::future::pending().await,
         }
@@ -482,16 +490,24 @@ impl Saver {
             self.due = Some(Instant::now() + SAVE_APART);
             return;
         }
-        self.due = None;
+        if self.due.is_none() && !self.failed.load(Relaxed) {
+            self.look = None;
+            return;
+        }
+        (self.due, self.look) = (None, None);
         self.last = Some(Instant::now());
         if *self.leaving.borrow() == Leaving::Replaced {
             // What is on disk is the next proxy's.
             return;
         }
         let content = Configuration { return_within_ms: *self.pace.borrow(), ..view.configuration() };
-        let (directory, content) = (self.directory.clone(), content.encode_to_vec());
+        let (directory, content, failed) = (self.directory.clone(), content.encode_to_vec(), self.failed.clone());
+        // A disk that was full or erred is tried again, also when nothing changes any more.
+        self.look = Some(Instant::now() + SAVE_AGAIN);
         self.writing = Some(tokio::spawn(async move {
-            if let Err(error) = directory.keep(CONFIGURATION, content).await {
+            let saved = directory.keep(CONFIGURATION, content).await;
+            failed.store(saved.is_err(), Relaxed);
+            if let Err(error) = saved {
                 tracing::warn!("{error}; the proxy goes on, and would need the control plane after a restart");
             }
         }));
@@ -502,7 +518,7 @@ impl Saver {
         if let Some(writing) = self.writing.take() {
             let _ = writing.await;
         }
-        if self.due.is_some() {
+        if self.due.is_some() || self.failed.load(Relaxed) {
             self.save(view);
         }
         if let Some(writing) = self.writing.take() {

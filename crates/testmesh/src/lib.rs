@@ -5,6 +5,7 @@
 //! by the next.
 
 pub mod callers;
+pub mod disk;
 pub mod faults;
 pub mod mesh;
 pub mod net;

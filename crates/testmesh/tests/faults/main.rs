@@ -7,6 +7,8 @@ mod flood;
 mod leaving;
 mod names;
 mod replaced;
+mod sick;
 mod silent;
 mod site;
 mod stored;
+mod streams;

@@ -152,7 +152,7 @@ fn fill() -> Result<String> {
 }
 
 /// Changes the configuration, and waits until answers show it.
-fn mark(control: &sheer_testmesh::mesh::Control<'_>, host: &Host, value: &str) -> Result<()> {
+pub(crate) fn mark(control: &sheer_testmesh::mesh::Control<'_>, host: &Host, value: &str) -> Result<()> {
     control.write("marked.yaml", &marked_with(value))?;
     wait::until(&format!("{value} is in force"), PATIENCE, || shows(host, value))
 }
