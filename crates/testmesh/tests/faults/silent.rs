@@ -4,8 +4,10 @@ use crate::site::{DOOR, Ground, caller, is_served, sample};
 use anyhow::{Context, Result, ensure};
 use sheer_demo::load::{self, Load, Protocol, Report};
 use sheer_testmesh::faults::{long, row, times};
+use sheer_testmesh::mesh::PATIENCE;
 use sheer_testmesh::net::Host;
 use sheer_testmesh::program::Program;
+use sheer_testmesh::wait;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -53,6 +55,11 @@ impl Lines {
         Ok(Self { calls, end, threads })
     }
 
+    /// How many calls have ended.
+    fn made(&self) -> usize {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     fn leave(mut self) -> Vec<Call> {
         self.end.store(true, Relaxed);
         for thread in self.threads.drain(..) {
@@ -93,7 +100,7 @@ fn lose_connects() -> Result<String> {
     let watched = Duration::from_secs(times(12, 60) as u64);
     let lines = Lines::come(host, 4)?;
     // Until both are known well: whoever has not answered yet is tried at once.
-    std::thread::sleep(Duration::from_secs(4));
+    wait::until_true("both are known well", PATIENCE, || lines.made() >= 600)?;
     ground.net.lose_connects(&far)?;
     let lost = Instant::now();
     std::thread::sleep(watched);

@@ -58,6 +58,45 @@ pub(crate) fn caller(control: &Control<'_>, host: &Host, home: &Path, services: 
     Ok(program)
 }
 
+/// Where the application of one of many callers reaches the service: the first at [`DOOR`].
+pub(crate) fn door(number: usize) -> String {
+    format!("127.0.0.1:{}", 9000 + number)
+}
+
+/// Many callers of one service, each with a proxy and a door of its own.
+pub(crate) fn callers_of(
+    control: &Control<'_>,
+    host: &Host,
+    home: &Path,
+    service: &str,
+    number: usize,
+) -> Result<Vec<Program>> {
+    let fleet = format!(
+        "apiVersion: sheer.dev/v1alpha1\nkind: Enrollment\nmetadata: {{name: callers}}\nspec:\n  methods: [{{token: {{ttl: 1h, \
+         uses: {number}}}}}]\n  serviceAccounts: [caller]\n"
+    );
+    control.write("callers.yaml", &fleet)?;
+    let token = wait::until("the Enrollment is in force", PATIENCE, || {
+        control.token("default", "caller", u32::try_from(number)?)
+    })?;
+    let start = |it: usize| {
+        let home = home.join(it.to_string());
+        std::fs::create_dir_all(&home)?;
+        let (name, upstream) = (format!("caller-{it}"), format!("{}={service}", door(it)));
+        let flags = ["--name", &name, "--capture", "none", "--upstream", &upstream];
+        let workload = Workload::new(host, "caller", &home)?.flags(&flags).flags(PLAIN_USER);
+        workload.joins(control, &token).start(&["sleep", "infinity"])
+    };
+    let mut running = Vec::new();
+    // A few at once: each has a key to make, and a machine has few processors.
+    for first in (0..number).step_by(8) {
+        let mut some = (first..number.min(first + 8)).map(start).collect::<Result<Vec<_>>>()?;
+        some.iter_mut().try_for_each(|it| it.prints("is ready", PATIENCE))?;
+        running.append(&mut some);
+    }
+    Ok(running)
+}
+
 /// A workload of the sample application in a network of its own.
 pub(crate) fn sample(
     control: &Control<'_>,
