@@ -1,20 +1,20 @@
 //! The byte streams that connections run over: one concrete type, so that nothing on the request path is boxed.
 
+use crate::tls;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
-use tokio_rustls::TlsStream;
 
 /// A connection to a client or to an endpoint.
 #[derive(Debug)]
 pub enum Io {
     /// Plain TCP.
     Plain(TcpStream),
-    /// TLS over TCP, either side of it. Boxed because the session is a kilobyte and most connections have none.
-    Tls(Box<TlsStream<TcpStream>>),
+    /// TLS over TCP, either side of it. Boxed because its keys are a kilobyte and most connections have none.
+    Tls(Box<tls::Stream>),
     /// A unix socket.
     Unix(UnixStream),
     /// A pipe inside the process: a test double for a network.
@@ -45,17 +45,14 @@ impl Io {
     pub fn socket(&self) -> Option<&TcpStream> {
         match self {
             Io::Plain(stream) => Some(stream),
-            Io::Tls(stream) => Some(stream.get_ref().0),
+            Io::Tls(stream) => Some(stream.socket()),
             Io::Unix(_) | Io::Duplex(_) => None,
         }
     }
 
-    /// The TLS session, for the peer's certificates and the protocol agreed on.
-    pub fn tls(&self) -> Option<&TlsStream<TcpStream>> {
-        match self {
-            Io::Tls(stream) => Some(stream),
-            Io::Plain(_) | Io::Unix(_) | Io::Duplex(_) => None,
-        }
+    /// Whether bytes pass TLS, which has its own idea of how many are sent.
+    pub fn is_tls(&self) -> bool {
+        matches!(self, Io::Tls(_))
     }
 }
 

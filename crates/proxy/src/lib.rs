@@ -36,6 +36,7 @@ pub mod sync;
 pub mod tcp;
 #[cfg(test)]
 mod testing;
+pub mod tls;
 pub mod upstream;
 pub mod worker;
 

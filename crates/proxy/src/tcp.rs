@@ -134,8 +134,6 @@ struct Direction {
     broken: Broken,
     /// The source's readiness does not tell yet whether there are bytes.
     untold: bool,
-    /// What the source failed with behind the bytes that were read last.
-    failed: Option<io::Error>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -148,15 +146,7 @@ enum Phase {
 
 impl Direction {
     fn new(way: Way, kept: Bytes) -> Self {
-        Self {
-            way,
-            kept,
-            phase: Phase::Copying,
-            unflushed: false,
-            broken: Broken::default(),
-            untold: true,
-            failed: None,
-        }
+        Self { way, kept, phase: Phase::Copying, unflushed: false, broken: Broken::default(), untold: true }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io, counts: &Counts) -> io::Result<Poll<()>> {
@@ -223,14 +213,7 @@ impl Direction {
     /// Reads once and writes what was read, keeping what the other side does not take.
     fn pass_on(&mut self, cx: &mut Context<'_>, from: &mut Io, to: &mut Io, counts: &Counts) -> io::Result<Poll<()>> {
         SCRATCH.with_borrow_mut(|scratch| {
-            if let Some(error) = self.failed.take() {
-                return Err(error);
-            }
-            let read = match from {
-                Io::Tls(_) => poll_read_records(from, scratch, &mut self.failed, cx)?,
-                _ => poll_read(from, scratch, &mut self.untold, cx)?,
-            };
-            let Poll::Ready(count) = read else { return Ok(Poll::Pending) };
+            let Poll::Ready(count) = poll_read(from, scratch, &mut self.untold, cx)? else { return Ok(Poll::Pending) };
             let read = scratch.get(..count).unwrap_or_default();
             if read.is_empty() {
                 self.phase = Phase::Closing;
@@ -272,33 +255,6 @@ fn poll_read(from: &mut Io, buffer: &mut [u8], untold: &mut bool, cx: &mut Conte
             read => return Poll::Ready(read),
         }
     }
-}
-
-/// Reads as many records as there are and fit, 0 at the end of the stream: what is written is then as large as what was
-/// sent, not as large as a record.
-fn poll_read_records(
-    from: &mut Io,
-    buffer: &mut [u8],
-    failed: &mut Option<io::Error>,
-    cx: &mut Context<'_>,
-) -> io::Result<Poll<usize>> {
-    let mut buffer = ReadBuf::new(buffer);
-    while buffer.remaining() > 0 {
-        let before = buffer.filled().len();
-        match Pin::new(&mut *from).poll_read(cx, &mut buffer) {
-            Poll::Ready(Ok(())) if buffer.filled().len() > before => {}
-            // The end is told again when nothing is before it.
-            Poll::Ready(Ok(())) => break,
-            Poll::Ready(Err(error)) if before > 0 => {
-                *failed = Some(error);
-                break;
-            }
-            Poll::Ready(Err(error)) => return Err(error),
-            Poll::Pending if before > 0 => break,
-            Poll::Pending => return Ok(Poll::Pending),
-        }
-    }
-    Ok(Poll::Ready(buffer.filled().len()))
 }
 
 #[cfg(test)]

@@ -258,7 +258,7 @@ impl Wire {
     fn failed(mut self: Box<Self>, source: SendFailure, progress: &Progress) -> SendError {
         let silent = self.read.is_empty() && !progress.answered;
         // A failed write into TLS may have sent whole records before it failed.
-        let uncertain = self.broken && self.io.tls().is_some();
+        let uncertain = self.broken && self.io.is_tls();
         let sent = if self.sender.out.written == 0 && !uncertain { Sent::Nothing } else { Sent::Some };
         let stale = self.served > 0 && silent && matches!(source, SendFailure::Closed | SendFailure::Io(_));
         let cause = match &source {

@@ -7,9 +7,11 @@
 use super::ties::{Standing, Tie};
 use crate::certificate::{Presented, Rule, Verifier, invalid, leads_to};
 use crate::io::Io;
+use crate::tls::{self, Met};
 use rustls::client::{ClientSessionMemoryCache, Resumption};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, TrustAnchor};
+use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{AlertDescription, CertificateError, ClientConfig, HandshakeKind, ServerConfig};
 use sheer_core::cause::Cause;
@@ -210,6 +212,12 @@ impl Credentials {
         self.not_after
     }
 
+    /// What rustls is given on both sides.
+    #[cfg(test)]
+    pub(crate) fn configs(&self) -> (Arc<ServerConfig>, Arc<ClientConfig>) {
+        (self.server.clone(), Arc::new(self.client.clone()))
+    }
+
     /// How one endpoint is dialled: its sessions are kept here and nowhere else.
     pub fn dialer(&self) -> Dialer {
         let mut base = self.client.clone();
@@ -228,14 +236,12 @@ impl Credentials {
     /// # Errors
     /// When the handshake fails, or the peer is no workload of this trust domain.
     pub async fn accept(&self, stream: TcpStream) -> Result<Accepted, TlsError> {
-        let acceptor = tokio_rustls::TlsAcceptor::from(self.server.clone());
-        let stream = acceptor.accept(stream).await.map_err(TlsError::of_handshake)?;
-        let (_, session) = stream.get_ref();
-        let leaf = peer_of(session.peer_certificates(), session.handshake_kind())?;
-        let carried = session.alpn_protocol().and_then(Carried::of_alpn).ok_or(TlsError::Protocol)?;
-        let server_name = session.server_name().unwrap_or_default().to_owned();
-        let shown = session.peer_certificates().unwrap_or_default().to_vec();
-        Ok(Accepted { peer: leaf.id, shown, server_name, carried, io: Io::Tls(Box::new(stream.into())) })
+        let (stream, met) = tls::accept(stream, self.server.clone()).await.map_err(TlsError::of_handshake)?;
+        let leaf = peer_of(&met)?;
+        let carried = met.alpn.as_deref().and_then(Carried::of_alpn).ok_or(TlsError::Protocol)?;
+        let server_name = met.server_name.unwrap_or_default();
+        let shown = met.certificates;
+        Ok(Accepted { peer: leaf.id, shown, server_name, carried, io: Io::Tls(Box::new(stream)) })
     }
 }
 
@@ -327,6 +333,20 @@ impl Dialer {
         server_name: &str,
         carried: Carried,
     ) -> Result<(Io, SpiffeId, Vec<CertificateDer<'static>>), TlsError> {
+        let (stream, met) = self.shake_hands(stream, server_name, carried).await?;
+        if met.alpn.as_deref() != Some(carried.alpn()) {
+            return Err(TlsError::Protocol);
+        }
+        let leaf = peer_of(&met)?;
+        Ok((Io::Tls(Box::new(stream)), leaf.id, met.certificates))
+    }
+
+    async fn shake_hands(
+        &self,
+        stream: TcpStream,
+        server_name: &str,
+        carried: Carried,
+    ) -> Result<(tls::Stream, Met), TlsError> {
         let name = ServerName::try_from(server_name.to_owned())
             .map_err(|_| TlsError::Tls(rustls::Error::General(format!("'{server_name}' is no server name"))))?;
         let config = match carried {
@@ -334,22 +354,14 @@ impl Dialer {
             Carried::Http2 => &self.configs[1],
             Carried::Tcp => &self.configs[2],
         };
-        let connector = tokio_rustls::TlsConnector::from(config.clone());
-        let stream = connector.connect(name, stream).await.map_err(TlsError::of_handshake)?;
-        let (_, session) = stream.get_ref();
-        if session.alpn_protocol() != Some(carried.alpn()) {
-            return Err(TlsError::Protocol);
-        }
-        let leaf = peer_of(session.peer_certificates(), session.handshake_kind())?;
-        let shown = session.peer_certificates().unwrap_or_default().to_vec();
-        Ok((Io::Tls(Box::new(stream.into())), leaf.id, shown))
+        tls::connect(stream, name, config.clone()).await.map_err(TlsError::of_handshake)
     }
 }
 
 /// Rustls checks the certificate of a full handshake; one that a session remembers may have expired since.
-fn peer_of(chain: Option<&[CertificateDer<'_>]>, kind: Option<HandshakeKind>) -> Result<Leaf, TlsError> {
-    let leaf = Leaf::read(chain.and_then(<[_]>::first).ok_or(TlsError::NoCertificate)?)?;
-    if kind == Some(HandshakeKind::Resumed) && leaf.not_after <= SystemTime::now() {
+fn peer_of(met: &Met) -> Result<Leaf, TlsError> {
+    let leaf = Leaf::read(met.certificates.first().ok_or(TlsError::NoCertificate)?)?;
+    if met.kind == Some(HandshakeKind::Resumed) && leaf.not_after <= SystemTime::now() {
         return Err(TlsError::Expired);
     }
     Ok(leaf)
@@ -377,8 +389,9 @@ fn server_config(
     let mut config = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier.clone())
-        .with_cert_resolver(certificate.clone());
+        .with_cert_resolver(Arc::new(Named(certificate.clone())));
     config.alpn_protocols = Carried::ALL.map(|carried| carried.alpn().to_vec()).to_vec();
+    config.enable_secret_extraction = true;
     config.ticketer = aws_lc_rs::Ticketer::new()?;
     config.max_early_data_size = 0;
     Ok(config)
@@ -394,8 +407,20 @@ fn client_config(
         .dangerous()
         .with_custom_certificate_verifier(verifier)
         .with_client_cert_resolver(certificate);
+    config.enable_secret_extraction = true;
     config.enable_early_data = false;
     Ok(config)
+}
+
+/// The server's one certificate, whatever name the client asks for; the name is what says which port it wants.
+#[derive(Debug)]
+struct Named(Arc<SingleCertAndKey>);
+
+impl ResolvesServerCert for Named {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        tls::asked_for(hello.server_name());
+        ResolvesServerCert::resolve(&*self.0, hello)
+    }
 }
 
 /// What the mesh reads of a peer's certificate.
@@ -492,10 +517,11 @@ mod tests {
         let ((mut io, answered), accepted) = (near.unwrap(), far.unwrap());
         assert_eq!(answered, *web.id());
         assert_eq!((&accepted.peer, accepted.carried, &*accepted.server_name), (api.id(), Carried::Http2, NAME));
-        let (_, session) = io.tls().unwrap().get_ref();
-        assert_eq!(session.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
-        assert_eq!(session.negotiated_key_exchange_group().unwrap().name(), rustls::NamedGroup::X25519MLKEM768);
         io.write_all(b"x").await.unwrap();
+        let (near, far) = loopback().await;
+        let dialer = api.dialer();
+        let (near, _) = tokio::join!(dialer.shake_hands(near, NAME, Carried::Http2), web.accept(far));
+        assert_eq!(near.unwrap().1.group, Some(rustls::NamedGroup::X25519MLKEM768));
     }
 
     #[tokio::test]
@@ -506,10 +532,11 @@ mod tests {
         let mut kinds = Vec::new();
         for _ in 0..2 {
             let (near, far) = loopback().await;
-            let (near, far) = tokio::join!(dialer.connect(near, NAME, Carried::Http1), web.accept(far));
-            let ((mut near, answered), mut far) = (near.unwrap(), far.unwrap());
-            assert_eq!((&answered, &far.peer), (web.id(), api.id()));
-            kinds.push(near.tls().unwrap().get_ref().1.handshake_kind().unwrap());
+            let (near, far) = tokio::join!(dialer.shake_hands(near, NAME, Carried::Http1), web.accept(far));
+            let ((mut near, met), mut far) = (near.unwrap(), far.unwrap());
+            assert_eq!((&peer_of(&met).unwrap().id, &far.peer), (web.id(), api.id()));
+            assert_eq!(far.server_name, NAME);
+            kinds.push(met.kind.unwrap());
             // The ticket follows the handshake: it arrives with the first bytes.
             far.io.write_all(b"x").await.unwrap();
             far.io.flush().await.unwrap();
@@ -519,8 +546,8 @@ mod tests {
         // Renewed credentials know nothing of old sessions.
         let renewed = ca.credentials("default", "web");
         let (near, far) = loopback().await;
-        let (near, far) = tokio::join!(dialer.connect(near, NAME, Carried::Http1), renewed.accept(far));
-        assert_ne!(near.unwrap().0.tls().unwrap().get_ref().1.handshake_kind(), Some(HandshakeKind::Resumed));
+        let (near, far) = tokio::join!(dialer.shake_hands(near, NAME, Carried::Http1), renewed.accept(far));
+        assert_ne!(near.unwrap().1.kind, Some(HandshakeKind::Resumed));
         far.unwrap();
     }
 
