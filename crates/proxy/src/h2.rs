@@ -82,7 +82,7 @@ const PAUSED_INTERVALS: u8 = 30;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The bytes below failed.
-    #[error("the connection failed")]
+    #[error("the connection failed: {0}")]
     Io(#[from] io::Error),
     /// The peer broke the protocol, or used up our patience, and was told so.
     #[error("the peer broke the protocol ({code}): {detail}")]

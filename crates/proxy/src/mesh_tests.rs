@@ -6,6 +6,7 @@ mod framing;
 mod reasons;
 mod resources;
 mod streams;
+mod volumes;
 mod websocket;
 
 use crate::body::Body;
