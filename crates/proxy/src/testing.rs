@@ -88,12 +88,20 @@ impl Authority {
         &self,
         change: impl FnOnce(&mut CertificateParams),
     ) -> (Issuer<'static, KeyPair>, CertificateDer<'static>) {
+        Self::intermediate_by(&self.issuer, change)
+    }
+
+    /// The same under another issuer.
+    pub(crate) fn intermediate_by(
+        issuer: &Issuer<'_, KeyPair>,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> (Issuer<'static, KeyPair>, CertificateDer<'static>) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(rcgen::DnType::CommonName, "an issuer");
         change(&mut params);
-        let certificate = params.signed_by(&key, &self.issuer).unwrap().der().clone();
+        let certificate = params.signed_by(&key, issuer).unwrap().der().clone();
         (Issuer::new(params, key), certificate)
     }
 }

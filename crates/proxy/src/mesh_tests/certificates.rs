@@ -243,6 +243,26 @@ fn strangers(ca: &Authority) -> Vec<(String, Stranger, As, Cause)> {
     drop(leaf_key);
     let (forged, key) = ca.sign_by(&thief_issuer, |params| named(&[good])(params));
     add("signed by a workload", Stranger::new(vec![forged, thief], &key), As::Both, Cause::PeerNoWorkload);
+    // Each under the one before, down from our root: a hundred in all.
+    let mut above = Vec::new();
+    let (mut issuer, first) = ca.intermediate(|_| {});
+    above.push(first);
+    for number in 2..100 {
+        let (next, certificate) = Authority::intermediate_by(&issuer, |params| {
+            params.distinguished_name.push(rcgen::DnType::CommonName, format!("issuer {number}"));
+        });
+        above.insert(0, certificate);
+        issuer = next;
+    }
+    let (leaf, key) = ca.sign_by(&issuer, |_| {});
+    let chain: Vec<_> = std::iter::once(leaf).chain(above).collect();
+    assert_eq!(chain.len(), 100);
+    add("under 99 issuers", Stranger::new(chain, &key), As::Both, Cause::PeerNoWorkload);
+    // RUSTSEC-2023-0053: each may be the issuer of each, and none is.
+    let (leaf, key) = ca.sign_by(&namesake.intermediate(|_| {}).0, |_| {});
+    let alike = (0..99).map(|_| namesake.intermediate(|_| {}).1);
+    let chain = std::iter::once(leaf).chain(alike).collect();
+    add("under 99 of one name", Stranger::new(chain, &key), As::Both, Cause::PeerUntrusted);
     add("nobody's", Stranger::anonymous(), As::Caller, Cause::PeerAnonymous);
     all
 }
