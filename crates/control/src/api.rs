@@ -401,6 +401,7 @@ mod tests {
         for way in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("] {
             assert!(!script.contains(way), "view.js uses {way}");
         }
+        assert!(!POLICY.contains("unsafe"), "{POLICY}");
         // The policy forbids both, so they would be dead.
         assert!(!html.contains("style=") && !html.contains(" onclick"));
         let named = |attribute: &str| {
