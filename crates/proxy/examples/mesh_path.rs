@@ -1,7 +1,7 @@
 //! Two proxies with one worker each before an application: the mesh path, for profiles and measurements.
 //!
-//! `mesh_path BACKEND_PORT [PROTOCOL [KEYS]]` prints where the path begins, where mesh peers come in, and where anybody
-//! does, and runs until it is killed. PROTOCOL is `detect` (default), `http`, `grpc` or `tcp`. Both proxies are this process, so its CPU time
+//! `mesh_path BACKEND_PORT [PROTOCOL [KEYS]]` prints where the path begins, where mesh peers come in, where anybody
+//! does, and where the metrics of both proxies are written to whoever connects, and runs until it is killed. PROTOCOL is `detect` (default), `http`, `grpc` or `tcp`. Both proxies are this process, so its CPU time
 //! is the path's. KEYS is a directory for what a peer needs to be one: `cert.pem`, `key.pem`.
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -21,7 +21,8 @@ use sheer_proxy::upstream::endpoint::Table;
 use sheer_proxy::upstream::tls::Credentials;
 use sheer_proxy::worker::{self, Door, Proxy, Workers};
 use std::error::Error;
-use std::net::{SocketAddr, TcpListener};
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -45,7 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         authority.write_credentials("api", Path::new(&directory))?;
     }
     let web = ServiceName::parse("web")?;
-    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let listener = listen()?;
     let peers = listener.local_addr()?;
     let endpoint = Endpoint {
         workload: "local/host/default/web-1".into(),
@@ -58,12 +59,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         weight: 1,
         at_address: true,
     };
-    let anybody = TcpListener::bind("127.0.0.1:0")?;
+    let anybody = listen()?;
     let published = anybody.local_addr()?;
     let doors =
         [Door { listener, role: Role::Inbound }, Door { listener: anybody, role: Role::Publish { port: backend } }];
     let inbound = Beside::start(&authority, "web", &[backend], &doors, |_| Ok(()))?;
-    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let listener = listen()?;
     let entrance: SocketAddr = listener.local_addr()?;
     let service = ServiceRef { namespace: "default".into(), name: "web".into() };
     let door = Door { listener, role: Role::Upstream { service, port: 80 } };
@@ -76,7 +77,16 @@ fn main() -> Result<(), Box<dyn Error>> {
         proxy.endpoints.set(&web, Arc::new(EndpointSet::new(vec![id], vec![Arc::new(endpoint)])));
         Ok(())
     })?;
-    println!("{entrance} pid {} peers {peers} published {published}", std::process::id());
+    let looked_at = listen()?;
+    let metrics = looked_at.local_addr()?;
+    println!("{entrance} pid {} peers {peers} published {published} metrics {metrics}", std::process::id());
+    let all = [inbound.metrics.clone(), outbound.metrics.clone()];
+    std::thread::spawn(move || {
+        for mut stream in looked_at.incoming().flatten() {
+            // Who does not read is not told.
+            let _ = all.iter().try_for_each(|metrics| stream.write_all(metrics.exposition().as_bytes()));
+        }
+    });
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     runtime.block_on(async {
         let (mut inbound, mut outbound) = (inbound, outbound);
@@ -85,8 +95,18 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// As many clients may come at once as to a proxy of the binary.
+fn listen() -> std::io::Result<TcpListener> {
+    const BACKLOG: i32 = 4096;
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
 struct Beside {
     workers: Workers,
+    metrics: Arc<Metrics>,
     _drain: drain::Signal,
     _demands: Demands,
 }
@@ -108,7 +128,7 @@ impl Beside {
             demand,
             credentials: Arc::new(ArcSwapOption::from(Some(authority.credentials(name)?))),
             overload: Overload::of_this_process(metrics.clone()),
-            metrics,
+            metrics: metrics.clone(),
             endpoints: Arc::new(Table::default()),
             drain: watch,
             inside: None,
@@ -116,7 +136,7 @@ impl Beside {
             clients: Arc::default(),
         });
         teach(&proxy)?;
-        Ok(Self { workers: worker::start(&proxy, doors, 1)?, _drain: signal, _demands: demands })
+        Ok(Self { workers: worker::start(&proxy, doors, 1)?, metrics, _drain: signal, _demands: demands })
     }
 }
 
