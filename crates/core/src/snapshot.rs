@@ -11,6 +11,8 @@ use crate::name::{DnsLabel, ServiceName};
 use crate::route::Rules;
 use ipnet::IpNet;
 use rpds::HashTrieMapSync;
+use smallvec::SmallVec;
+use std::hash::Hash;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,10 +25,45 @@ pub struct Snapshot {
     namespace: DnsLabel,
     mesh: Arc<Mesh>,
     services: Map<ServiceName, Arc<Service>>,
-    hosts: Map<Arc<str>, Arc<Service>>,
-    addresses: Map<IpAddr, Arc<Service>>,
+    hosts: Map<Arc<str>, Claims>,
+    addresses: Map<IpAddr, Claims>,
     routes: Map<ServiceName, Arc<Rules>>,
     workload: Option<Arc<Workload>>,
+}
+
+/// Who claims a name or an address; the first has it. All are kept, so that it makes no difference in which order services
+/// come, change and go: while a name moves from one to another, both may have claimed it for a moment, or neither.
+type Claims = SmallVec<[(Claim, Arc<Service>); 1]>;
+
+/// By what right a service claims a host name, the best first. Among equals the first by namespace and name has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Claim {
+    /// It is its full name, or an address.
+    Own,
+    /// It is a short form of its full name.
+    Short,
+    /// It was written as an extra name.
+    Extra,
+}
+
+fn claim<K: Eq + Hash>(map: &mut Map<K, Claims>, key: K, by: Claim, service: &Arc<Service>) {
+    let mut claims = map.get(&key).cloned().unwrap_or_default();
+    let place = claims.partition_point(|(it, owner)| (*it, &owner.name) < (by, &service.name));
+    claims.insert(place, (by, service.clone()));
+    map.insert_mut(key, claims);
+}
+
+fn release<K: Eq + Hash>(map: &mut Map<K, Claims>, key: K, name: &ServiceName) {
+    let Some(claims) = map.get(&key) else { return };
+    let left: Claims = claims.iter().filter(|(_, owner)| owner.name != *name).cloned().collect();
+    match left.is_empty() {
+        true => drop(map.remove_mut(&key)),
+        false => map.insert_mut(key, left),
+    }
+}
+
+fn owner(claims: &Claims) -> Option<&Arc<Service>> {
+    claims.first().map(|(_, owner)| owner)
 }
 
 /// What holds for the whole mesh.
@@ -280,7 +317,7 @@ impl Snapshot {
 
     /// The service with this virtual address.
     pub fn service_at(&self, address: IpAddr) -> Option<&Arc<Service>> {
-        self.addresses.get(&address.to_canonical())
+        self.addresses.get(&address.to_canonical()).and_then(owner)
     }
 
     /// The service called by this host name in any case: full, `name.namespace[.svc]`, an extra name, or the bare name
@@ -288,9 +325,9 @@ impl Snapshot {
     pub fn service_named(&self, host: &str) -> Option<&Arc<Service>> {
         let host = host.strip_suffix('.').unwrap_or(host);
         if host.bytes().any(|byte| byte.is_ascii_uppercase()) {
-            return self.hosts.get(host.to_ascii_lowercase().as_str());
+            return self.hosts.get(host.to_ascii_lowercase().as_str()).and_then(owner);
         }
-        self.hosts.get(host)
+        self.hosts.get(host).and_then(owner)
     }
 
     /// True for an address that no service has, in a range that only services have.
@@ -327,14 +364,11 @@ impl Snapshot {
     /// Adds or replaces a service.
     pub fn put_service(&mut self, service: Arc<Service>) {
         self.remove_service(&service.name);
-        for host in self.names_of(&service) {
-            // A written extra name never takes a name from the service that it is the full name of.
-            if self.hosts.get(&host).is_none() || service.hosts.first() == Some(&host) {
-                self.hosts.insert_mut(host, service.clone());
-            }
+        for (by, host) in self.names_of(&service) {
+            claim(&mut self.hosts, host, by, &service);
         }
         for address in &service.addresses {
-            self.addresses.insert_mut(address.to_canonical(), service.clone());
+            claim(&mut self.addresses, address.to_canonical(), Claim::Own, &service);
         }
         self.services.insert_mut(service.name.clone(), service);
     }
@@ -342,15 +376,11 @@ impl Snapshot {
     /// Removes a service.
     pub fn remove_service(&mut self, name: &ServiceName) {
         let Some(service) = self.services.get(name).cloned() else { return };
-        for host in self.names_of(&service) {
-            if self.hosts.get(&host).is_some_and(|owner| owner.name == *name) {
-                self.hosts.remove_mut(&host);
-            }
+        for (_, host) in self.names_of(&service) {
+            release(&mut self.hosts, host, name);
         }
         for address in &service.addresses {
-            if self.addresses.get(address).is_some_and(|owner| owner.name == *name) {
-                self.addresses.remove_mut(&address.to_canonical());
-            }
+            release(&mut self.addresses, address.to_canonical(), name);
         }
         self.services.remove_mut(name);
     }
@@ -366,14 +396,17 @@ impl Snapshot {
     }
 
     /// The host names of a service as this proxy's workload may say them.
-    fn names_of(&self, service: &Service) -> Vec<Arc<str>> {
+    fn names_of(&self, service: &Service) -> Vec<(Claim, Arc<str>)> {
         let ServiceName { namespace, name } = &service.name;
-        let mut names = service.hosts.clone();
-        names.push(format!("{name}.{namespace}").into());
-        names.push(format!("{name}.{namespace}.svc").into());
+        let mut names = vec![
+            (Claim::Short, format!("{name}.{namespace}").into()),
+            (Claim::Short, format!("{name}.{namespace}.svc").into()),
+        ];
         if *namespace == self.namespace {
-            names.push(name.as_str().into());
+            names.push((Claim::Short, name.as_str().into()));
         }
+        let by = |place| if place == 0 { Claim::Own } else { Claim::Extra };
+        names.extend(service.hosts.iter().enumerate().map(|(place, host)| (by(place), host.clone())));
         names
     }
 }
@@ -425,6 +458,41 @@ mod tests {
         let mut view = view();
         view.put_service(service("shop/thief", "240.0.0.3", &["db.other.svc.mesh.internal"]));
         assert_eq!(view.service_named("db.other.svc.mesh.internal").unwrap().name.to_string(), "other/db");
+    }
+
+    #[test]
+    fn a_name_that_moves_arrives_whoever_is_told_first() {
+        let named = |view: &Snapshot| view.service_named("api.example.com").map(|it| it.name.to_string());
+        for told_first in [true, false] {
+            let mut view = view();
+            // The second claims it by the better name and before the first lets go.
+            let (gives, takes) =
+                (service("shop/api", "240.0.0.1", &[]), service("shop/a-new", "240.0.0.3", &["api.example.com"]));
+            view.put_service(if told_first { takes.clone() } else { gives.clone() });
+            view.put_service(if told_first { gives } else { takes });
+            assert_eq!(named(&view).as_deref(), Some("shop/a-new"));
+        }
+    }
+
+    #[test]
+    fn addresses_of_both_spellings_move_alike() {
+        let mut view = view();
+        view.put_service(service("other/db", "::ffff:240.0.0.1", &[]));
+        view.put_service(service("shop/api", "240.0.0.9", &[]));
+        let at = |address: &str| view.service_at(address.parse().unwrap()).map(|it| it.name.to_string());
+        assert_eq!((at("240.0.0.1").as_deref(), at("240.0.0.2")), (Some("other/db"), None));
+        view.remove_service(&ServiceName::parse("other/db").unwrap());
+        assert!(view.service_at("240.0.0.1".parse().unwrap()).is_none());
+    }
+
+    #[test]
+    fn an_extra_name_takes_no_short_name() {
+        let mut view = view();
+        view.put_service(service("a/thief", "240.0.0.3", &["db.other", "api"]));
+        assert_eq!(view.service_named("db.other").unwrap().name.to_string(), "other/db");
+        assert_eq!(view.service_named("api").unwrap().name.to_string(), "shop/api");
+        view.remove_service(&ServiceName::parse("other/db").unwrap());
+        assert_eq!(view.service_named("db.other").unwrap().name.to_string(), "a/thief");
     }
 
     #[test]

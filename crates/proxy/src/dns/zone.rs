@@ -39,17 +39,22 @@ pub enum Lookup<'a> {
 
 impl Zone {
     /// The names of these services in a mesh whose names end in `domain`, for a workload of `namespace`. Where two
-    /// services claim a host name, the first by namespace and name has it.
+    /// services claim a host name, it belongs to the one whose full name it is, then to the one of which it is a short form,
+    /// and then to the first by namespace and name, as in [`Snapshot::service_named`].
+    ///
+    /// [`Snapshot::service_named`]: sheer_core::snapshot::Snapshot::service_named
     pub fn new<'a>(domain: &str, namespace: &str, services: impl IntoIterator<Item = &'a Service>) -> Self {
         let domain = domain.trim_end_matches('.').to_ascii_lowercase();
         let mut zone = Self { domain, namespace: namespace.to_owned(), ..Self::default() };
         let mut services: Vec<_> = services.into_iter().collect();
         services.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-        for service in services {
-            let addresses = addresses_of(service);
-            for host in &service.hosts {
-                zone.insert(host.trim_end_matches('.').to_ascii_lowercase(), &addresses);
-            }
+        let addressed: Vec<_> = services.iter().map(|service| (service, addresses_of(service))).collect();
+        let own = addressed.iter().filter_map(|(service, addresses)| Some((service.hosts.first()?, addresses)));
+        let extra = addressed
+            .iter()
+            .flat_map(|(service, addresses)| service.hosts.iter().skip(1).map(move |host| (host, addresses)));
+        for (host, addresses) in own.chain(extra) {
+            zone.insert(host.trim_end_matches('.').to_ascii_lowercase(), addresses);
         }
         if !zone.domain.is_empty() {
             zone.branches.insert(zone.domain.clone().into());
@@ -79,15 +84,15 @@ impl Zone {
 
     /// Looks up a lower-case name without a trailing dot.
     pub fn lookup(&self, name: &str) -> Lookup<'_> {
-        if let Some(addresses) = self.hosts.get(name) {
+        let full = self.in_full(name).and_then(|full| self.hosts.get(full.as_str()));
+        if let Some(addresses) = full.or_else(|| self.hosts.get(name)) {
             return Lookup::Found(addresses);
         }
         if is_own_reverse(name) {
             return Lookup::Missing;
         }
         if !self.is_under_domain(name) {
-            let full = self.in_full(name).and_then(|full| self.hosts.get(full.as_str()));
-            return full.map_or(Lookup::Foreign, Lookup::Found);
+            return Lookup::Foreign;
         }
         if self.branches.contains(name) { Lookup::Branch } else { Lookup::Missing }
     }
@@ -97,7 +102,7 @@ impl Zone {
     fn in_full(&self, name: &str) -> Option<String> {
         let front = name.strip_suffix(".svc").unwrap_or(name);
         match front.split('.').count() {
-            _ if self.domain.is_empty() => None,
+            _ if self.domain.is_empty() || self.is_under_domain(name) => None,
             1 if front == name => Some(format!("{name}.{}.svc.{}", self.namespace, self.domain)),
             2 => Some(format!("{front}.svc.{}", self.domain)),
             _ => None,
