@@ -43,6 +43,32 @@ pub fn is_idempotent(method: &Method) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whatever fails how often: a request is offered to three endpoints at most, and one that may have been processed is
+        /// never processed twice.
+        #[test]
+        fn no_trace_of_failures_repeats_what_may_have_been_done(
+            trace in vec(0usize..4, 0..12), method in 0usize..7, intact_for in 0usize..12
+        ) {
+            const ALL: [Progress; 4] =
+                [Progress::Unsent, Progress::Declined, Progress::StaleConnection, Progress::Unknown];
+            let methods =
+                [Method::GET, Method::HEAD, Method::PUT, Method::DELETE, Method::POST, Method::PATCH, Method::CONNECT];
+            let (mut tries, mut perhaps_processed) = (0, 0);
+            for (count, failure) in trace.into_iter().map(|it| ALL[it]).enumerate() {
+                tries += 1;
+                perhaps_processed += u32::from(matches!(failure, Progress::StaleConnection | Progress::Unknown));
+                if !may_retry(failure, &methods[method], count < intact_for, tries) {
+                    break;
+                }
+            }
+            prop_assert!(tries <= MAX_TRIES);
+            prop_assert!(perhaps_processed <= 1 || is_idempotent(&methods[method]) && perhaps_processed <= 2);
+        }
+    }
 
     #[test]
     fn only_what_was_not_processed_is_repeated() {

@@ -301,12 +301,11 @@ fn matches_host(pattern: &str, host: &str) -> bool {
     }
 }
 
-/// The first value of a query parameter, percent-decoded with `+` as blank.
+/// The first value of a query parameter, percent-decoded with `+` as blank. One that cannot be decoded is none: the next
+/// of the same name is not what servers read.
 fn query_value(query: &str, name: &str) -> Option<String> {
-    query.split('&').find_map(|pair| {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        (decode(key)? == name).then(|| decode(value)).flatten()
-    })
+    let mut pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    pairs.find(|(key, _)| decode(key).as_deref() == Some(name)).and_then(|(_, value)| decode(value))
 }
 
 fn decode(text: &str) -> Option<String> {

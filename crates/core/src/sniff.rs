@@ -147,9 +147,9 @@ fn is_token(byte: u8) -> bool {
 }
 
 fn sniff_tls(bytes: &[u8]) -> Sniffed {
-    // Handshake record, version 3.x, ClientHello.
-    let looks = [(1, 0x03..=0x03), (2, 0x00..=0x04), (5, 0x01..=0x01)];
-    if looks.iter().any(|(at, values)| bytes.get(*at).is_some_and(|byte| !values.contains(byte))) {
+    // Handshake record, version 3.x whatever the x, which is to be ignored (RFC 8446, section 5.1), ClientHello.
+    let looks = [(1, 0x03), (5, 0x01)];
+    if looks.iter().any(|(at, value)| bytes.get(*at).is_some_and(|byte| byte != value)) {
         return Sniffed::Opaque;
     }
     if bytes.len() < 6 {
@@ -329,6 +329,7 @@ mod tests {
             (b"\x16\x04\x01", Sniffed::Opaque),
             (b"\x16\x03\x01\0\x05\x02", Sniffed::Opaque),
             (b"\x16\x03\x01\0\x05\x01\0\0\x01\0", tls(None, false)),
+            (b"\x16\x03\x7f\0\x05\x01\0\0\x01\0", tls(None, false)),
         ];
         for (bytes, expected) in cases {
             assert_eq!(sniff(bytes), *expected, "{:?}", String::from_utf8_lossy(bytes));
