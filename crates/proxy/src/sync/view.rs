@@ -8,6 +8,7 @@ use crate::metrics::Metrics;
 use crate::state::{Absent, Configuration};
 use crate::upstream::endpoint::Table;
 use arc_swap::ArcSwap;
+use prost_types::Any;
 use sheer_core::assemble::{self, Refusal};
 use sheer_core::name::{DnsLabel, ServiceName};
 use sheer_core::snapshot::{EndpointSet, Snapshot};
@@ -85,6 +86,8 @@ pub(super) struct View {
     resources: BTreeMap<(Kind, String), Resource>,
     /// On-demand names of which the control plane said that there is none.
     absent: BTreeSet<(Kind, String)>,
+    /// Routes that were refused while there were none: requests fail for them, also after a restart.
+    failing: BTreeMap<String, Resource>,
     /// Services whose endpoints and routes are wanted.
     wanted: BTreeSet<ServiceName>,
     /// Addresses that are wanted, and the services at those that were answered.
@@ -101,12 +104,18 @@ impl View {
             namespace,
             resources: BTreeMap::new(),
             absent: BTreeSet::new(),
+            failing: BTreeMap::new(),
             wanted: BTreeSet::new(),
             addresses: BTreeMap::new(),
             order: VecDeque::new(),
             indexed: false,
             outputs,
         }
+    }
+
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn outputs(&self) -> &Outputs {
+        &self.outputs
     }
 
     /// Takes what was stored.
@@ -137,12 +146,14 @@ impl View {
     }
 
     /// What is to be stored. Addresses are not: those of the services that were found there are in their endpoints.
+    /// Routes that fail are, as they were refused.
     pub(super) fn configuration(&self) -> Configuration {
         let is_stored = |kind: Kind| kind != Kind::Address;
-        let absent = self.absent.iter().filter(|(kind, _)| is_stored(*kind));
+        let fails = |kind: Kind, name: &String| kind == Kind::Routes && self.failing.contains_key(name);
+        let absent = self.absent.iter().filter(|(kind, name)| is_stored(*kind) && !fails(*kind, name));
         let absent = absent.map(|(kind, name)| Absent { type_url: kind.type_url().into(), name: name.clone() });
         let resources = self.resources.iter().filter(|((kind, _), _)| is_stored(*kind));
-        let resources = resources.map(|(_, it)| it.clone()).collect();
+        let resources = resources.map(|(_, it)| it).chain(self.failing.values()).cloned().collect();
         Configuration { resources, absent: absent.collect(), return_within_ms: 0 }
     }
 
@@ -154,6 +165,7 @@ impl View {
                 self.outputs.endpoints.remove(&service);
             }
         }
+        self.failing.clear();
         self.addresses.values_mut().for_each(|services| *services = None);
         self.snapshot = Snapshot::new(self.namespace.clone());
         self.indexed = false;
@@ -264,12 +276,15 @@ impl View {
             match self.take(kind, &resource) {
                 Ok(()) => {
                     self.absent.remove(&key);
+                    if kind == Kind::Routes {
+                        self.failing.remove(&resource.name);
+                    }
                     self.resources.insert(key, resource);
                 }
                 Err(refusal) => {
                     self.outputs.metrics.resource_refused();
                     if kind == Kind::Routes && !self.resources.contains_key(&key) {
-                        self.fail_routes(&resource.name);
+                        self.fail_routes(&resource);
                     }
                     refused.push(v1::Refused {
                         type_url: kind.type_url().into(),
@@ -351,6 +366,9 @@ impl View {
         if kind.is_on_demand() {
             self.absent.insert((kind, name.to_owned()));
         }
+        if kind == Kind::Routes {
+            self.failing.remove(name);
+        }
         let service = ServiceName::parse(name);
         match (kind, service) {
             // There is always a mesh, and its roots do not go away by being left out.
@@ -370,11 +388,18 @@ impl View {
 
     /// Routes that were refused, with none before them, answer every request with 500: what they would have kept from
     /// somewhere must not go there.
-    fn fail_routes(&mut self, name: &str) {
+    fn fail_routes(&mut self, refused: &Resource) {
+        let name = &refused.name;
         let Ok(service) = ServiceName::parse(name) else { return };
+        let mut stored = refused.clone();
+        // Also what does not look like routes has to be found among them again.
+        if stored.resource.as_ref().is_none_or(|any| any.type_url != Kind::Routes.type_url()) {
+            stored.resource = Some(Any { type_url: Kind::Routes.type_url().into(), value: Vec::new() });
+        }
+        self.failing.insert(name.clone(), stored);
         let path = Some(v1::http_match::Path::Prefix("/".to_owned()));
         let rule = v1::HttpRule { matches: vec![v1::HttpMatch { path, ..Default::default() }], ..Default::default() };
-        let refused = v1::HttpRoute {
+        let route = v1::HttpRoute {
             namespace: service.namespace.to_string(),
             name: "refused".to_owned(),
             rules: vec![rule],
@@ -383,13 +408,13 @@ impl View {
         let failing = v1::Routes {
             namespace: service.namespace.to_string(),
             name: service.name.to_string(),
-            http: vec![refused],
+            http: vec![route],
             requires: vec![],
         };
         if let Ok(rules) = assemble::routes(&failing) {
             self.snapshot.set_routes(service, Some(rules));
             // Whoever waits for the routes has their answer.
-            self.absent.insert((Kind::Routes, name.to_owned()));
+            self.absent.insert((Kind::Routes, name.clone()));
         }
     }
 
