@@ -169,7 +169,7 @@ impl Connection {
         let mut wire = self.0;
         wire.home = home;
         wire.broken = false;
-        let encoding = encode::request(head, &body, wire.sender.out.small());
+        let encoding = encode::request(head, body.length(), wire.sender.out.small());
         wire.sender.out.written = 0;
         wire.sender.begin(body, encoding);
         let mut progress = Progress::default();

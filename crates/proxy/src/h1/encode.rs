@@ -281,7 +281,7 @@ fn write_trailers(fields: &Fields, out: &mut BytesMut) {
 }
 
 /// Writes a request head, and says how its body is to follow.
-pub(crate) fn request(head: &RequestHead, body: &Body, out: &mut BytesMut) -> Encoding {
+pub(crate) fn request(head: &RequestHead, body: Length, out: &mut BytesMut) -> Encoding {
     let upgrade = head.fields.get(Known::Upgrade).is_some();
     out.extend_from_slice(head.method.as_str().as_bytes());
     out.extend_from_slice(b" ");
@@ -295,7 +295,7 @@ pub(crate) fn request(head: &RequestHead, body: &Body, out: &mut BytesMut) -> En
         out.extend_from_slice(head.authority().as_bytes());
         out.extend_from_slice(b"\r\n");
     }
-    let encoding = match body.length() {
+    let encoding = match body {
         Length::Known(0) => Encoding::None,
         Length::Known(length) => Encoding::Length(length),
         Length::Unknown => Encoding::Chunked,
@@ -334,10 +334,10 @@ pub(crate) struct Asked {
 }
 
 /// Writes a response head. Says how its body is to follow, and whether the connection lives on.
-pub(crate) fn response(head: &ResponseHead, body: &Body, asked: Asked, out: &mut BytesMut) -> (Encoding, bool) {
+pub(crate) fn response(head: &ResponseHead, body: Length, asked: Asked, out: &mut BytesMut) -> (Encoding, bool) {
     let status = head.status;
     let bodiless = status.is_informational() || status == StatusCode::NO_CONTENT;
-    let encoding = match body.length() {
+    let encoding = match body {
         _ if asked.no_body || bodiless || status == StatusCode::NOT_MODIFIED => Encoding::None,
         Length::Known(length) => Encoding::Length(length),
         Length::Unknown if asked.http10 => Encoding::UntilClose,

@@ -197,7 +197,8 @@ fn skip_empty_line(bytes: &mut BytesMut, skipped: &mut bool) -> Result<bool, Ref
             bytes.advance(2);
             *skipped = true;
         }
-        (Some(b'\r'), None) | (None, _) => return Ok(false),
+        (Some(b'\r'), None) if !*skipped => return Ok(false),
+        (None, _) => return Ok(false),
         _ => {}
     }
     match bytes.first() {

@@ -222,7 +222,7 @@ async fn answer(link: &Rc<Link>, response: Response, exchange: &Exchange) -> Res
         }
     };
     // Not while the connection is borrowed: the body may be the request's own.
-    let (encoding, keep_alive) = encode::response(&head, &body, asked, sender.out.small());
+    let (encoding, keep_alive) = encode::response(&head, body.length(), asked, sender.out.small());
     let ends_with_connection = encoding == Encoding::UntilClose;
     sender.begin(body, encoding);
     drop(head);
@@ -354,7 +354,7 @@ async fn refuse(link: &Link, refusal: Refusal) {
     let mut sender = Sender::default();
     sender.out = link.state().take_interim();
     let asked = Asked { no_body: false, http10: false, keep_alive: false };
-    let (encoding, _) = encode::response(&head, &body, asked, sender.out.small());
+    let (encoding, _) = encode::response(&head, body.length(), asked, sender.out.small());
     sender.begin(body, encoding);
     let mut deadline = pin!(sleep(LINGER));
     let sent = poll_fn(|cx| match sender.poll_send(cx, |out, cx| link.state().poll_flush(out, cx)) {
@@ -371,7 +371,7 @@ async fn open_tunnel(link: &Link, response: Response) -> Result<Upgraded, ConnEr
     let mut out = link.state().take_interim();
     // CONNECT is answered without a length: what follows is the tunnel (RFC 9110, section 9.3.6).
     let asked = Asked { no_body: true, http10: false, keep_alive: true };
-    encode::response(&response.head, &Body::Empty, asked, out.small());
+    encode::response(&response.head, Length::Known(0), asked, out.small());
     drop(response);
     poll_fn(|cx| link.state().poll_flush(&mut out, cx)).await.map_err(|_| ConnError::ClientGone)?;
     let mut state = link.state();
@@ -609,7 +609,7 @@ impl State {
         while let Some(head) = self.interim.pop_front() {
             self.continued |= head.status == StatusCode::CONTINUE;
             let asked = Asked { no_body: true, http10: false, keep_alive: true };
-            encode::response(&head, &Body::Empty, asked, out.small());
+            encode::response(&head, Length::Known(0), asked, out.small());
         }
         out
     }
