@@ -13,6 +13,8 @@ TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 TOOLS := $(TARGET)/tools
 CARGO_DENY_VERSION := 0.20.2
 CARGO_DENY := $(TOOLS)/bin/cargo-deny-$(CARGO_DENY_VERSION)
+CARGO_FUZZ_VERSION := 0.13.2
+CARGO_FUZZ := $(TOOLS)/bin/cargo-fuzz-$(CARGO_FUZZ_VERSION)
 HTTPWG_VERSION := 0.2.5
 HTTPWG := $(TOOLS)/bin/httpwg-$(HTTPWG_VERSION)
 
@@ -158,6 +160,24 @@ resources: ## Slow, many and greedy clients against Sheer, Envoy and HAProxy, as
 differential: $(FRAMING)/bin/python ## Compare our HTTP/1 parser with h11 and llhttp over generated messages
 	$(CARGO) build --locked -p sheer-proxy --example read_http1
 	@READ_HTTP1=$(TARGET)/debug/examples/read_http1 $(FRAMING)/bin/python scripts/differential $(ARGS)
+
+# libFuzzer needs a nightly compiler; what the targets check is checked by `make test` on the pinned one.
+NIGHTLY ?= nightly
+TARGETS ?=
+SECONDS ?= 600
+
+.PHONY: fuzz
+fuzz: $(CARGO_FUZZ) ## Run the fuzz targets, each for SECONDS (600) of CPU time; TARGETS='chunks path' for some (writes docs/security/fuzzing.md)
+	@scripts/packages fuzz
+	@$(CARGO) +$(NIGHTLY) --version >/dev/null 2>&1 || { \
+	  echo "error: no nightly compiler, whose coverage libFuzzer needs: rustup toolchain install nightly --profile minimal (or NIGHTLY=name of one)" >&2; exit 1; }
+	RUSTUP_TOOLCHAIN=$(NIGHTLY) $(CARGO_FUZZ) fuzz build --fuzz-dir fuzz --target-dir fuzz/target
+	@scripts/fuzz --write --seconds $(SECONDS) --targets '$(TARGETS)' $(ARGS)
+
+$(CARGO_FUZZ):
+	$(CARGO) install --quiet --debug --locked --force cargo-fuzz@$(CARGO_FUZZ_VERSION) --root $(TOOLS) --target-dir $(TOOLS)/build-fuzz
+	@mv $(TOOLS)/bin/cargo-fuzz $@
+	@rm -rf $(TOOLS)/build-fuzz
 
 # The HTTP/2 cases of others, as `deny` installs its tool.
 $(HTTPWG):

@@ -22,6 +22,9 @@ pub mod clock;
 pub mod documents;
 mod file;
 pub mod fleet;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod listen;
 pub mod push;
 pub mod registration;

@@ -21,6 +21,9 @@ pub mod balance;
 pub mod cause;
 pub mod compile;
 pub mod diagnostic;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod head;
 pub mod histogram;
 pub mod identity;

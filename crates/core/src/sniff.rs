@@ -207,9 +207,10 @@ fn read_hello(message: &[u8]) -> Option<ClientHello> {
         match kind {
             0 => {
                 let mut names = Reader(content.vector16()?);
-                while !names.0.is_empty() {
-                    let (kind, name) = (names.take(1)?[0], names.vector16()?);
-                    if kind == 0 && hello.server_name.is_none() {
+                // What follows a name of another kind has no known form (RFC 6066, section 3).
+                while !names.0.is_empty() && names.take(1)? == [0] {
+                    let name = names.vector16()?;
+                    if hello.server_name.is_none() {
                         hello.server_name = host_name(name);
                     }
                 }

@@ -6,6 +6,8 @@
 //! workload and the host's resolvers. While these fail, the last good answer to the same question is given again.
 
 mod forward;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod kept;
 pub mod zone;
 

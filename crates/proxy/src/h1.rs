@@ -73,6 +73,8 @@ pub struct Upgraded {
     pub read: BytesMut,
 }
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 #[cfg(test)]
 mod properties;
 #[cfg(test)]

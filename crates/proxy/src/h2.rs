@@ -12,6 +12,8 @@ pub mod client;
 mod connection;
 mod driver;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod head;
 mod hpack;
 pub mod incoming;

@@ -11,6 +11,9 @@ pub mod dns;
 pub mod drain;
 pub mod error;
 pub mod forward;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod h1;
 pub mod h2;
 pub mod health;

@@ -222,7 +222,7 @@ impl Directory {
     }
 }
 
-fn seal(content: &[u8]) -> Vec<u8> {
+pub(crate) fn seal(content: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER + content.len());
     bytes.extend_from_slice(&MARK);
     bytes.extend_from_slice(&Sha256::digest(content));
@@ -230,7 +230,7 @@ fn seal(content: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn unseal(bytes: &[u8]) -> Result<&[u8], &'static str> {
+pub(crate) fn unseal(bytes: &[u8]) -> Result<&[u8], &'static str> {
     let (header, content) = bytes.split_at_checked(HEADER).ok_or("it is cut off")?;
     let (mark, sum) = header.split_at(MARK.len());
     if mark[..7] != MARK[..7] {

@@ -14,6 +14,8 @@
 mod demand;
 mod discovery;
 mod fleet;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod readiness;
 mod view;
 

@@ -134,7 +134,7 @@ async fn ask_tcp(resolver: SocketAddr, sent: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 /// Whether this is an answer to what was sent: same id, and the same question where it is repeated.
-fn answers(sent: &[u8], answer: &[u8]) -> bool {
+pub(super) fn answers(sent: &[u8], answer: &[u8]) -> bool {
     if answer.len() < HEADER || sent[..2] != answer[..2] || answer[2] & 0x80 == 0 {
         return false;
     }

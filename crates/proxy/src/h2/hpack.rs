@@ -2,6 +2,8 @@
 
 mod decode;
 mod encode;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) mod fuzzing;
 mod huffman;
 mod tables;
 

@@ -4,6 +4,9 @@
 //! change of trust: new connections use the new ones, open connections stay. Ticket keys belong to the credentials, so
 //! that no session outlives the trust it was made under, and a client's sessions end with its certificate.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
+
 use super::ties::{Standing, Tie};
 use crate::certificate::{Presented, Rule, Verifier, invalid, leads_to};
 use crate::io::Io;

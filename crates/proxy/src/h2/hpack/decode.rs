@@ -246,10 +246,10 @@ fn text<'a, 'b: 'a>(block: &mut &'b [u8], buffer: &'a mut Vec<u8>) -> Result<&'a
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 impl Decoder {
     /// What the table takes up.
-    pub(super) fn size(&self) -> usize {
+    pub(in crate::h2) fn size(&self) -> usize {
         let counted: usize = self.table.entries.iter().map(Entry::size).sum();
         assert_eq!(counted, self.table.size);
         counted
