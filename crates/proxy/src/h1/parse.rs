@@ -35,6 +35,13 @@ const TOO_LARGE: Refusal = Refusal {
     detail: "head larger than 60 KiB or more than 100 fields",
 };
 
+/// Lines for this hop alone, which are not counted among the fields: whoever sends on a message of as many fields as
+/// there may be adds a length or a coding, and says whether the connection lives on.
+const HOP_LINES: usize = 4;
+
+/// What [`FieldReader`] says of more fields than there may be.
+const TOO_MANY: &str = "too many fields";
+
 const TARGET_TOO_LONG: Refusal =
     Refusal { cause: Cause::HeadTooLarge, status: StatusCode::URI_TOO_LONG, detail: "request target too long" };
 
@@ -79,7 +86,7 @@ pub(crate) fn request(
     if !skip_empty_line(bytes, empty_line)? {
         return Ok(None);
     }
-    let mut headers = [const { MaybeUninit::uninit() }; MAX_FIELDS];
+    let mut headers = [const { MaybeUninit::uninit() }; MAX_FIELDS + HOP_LINES];
     let mut parsed = httparse::Request::new(&mut []);
     let end = match parsed.parse_with_uninit_headers(bytes, &mut headers) {
         Ok(Status::Complete(end)) if end <= MAX_HEAD_BYTES => end,
@@ -97,7 +104,7 @@ pub(crate) fn request(
 
     let mut fields = FieldReader::new(&place);
     for header in parsed.headers.iter() {
-        fields.read(header).map_err(bad)?;
+        fields.read(header).map_err(|detail| if detail == TOO_MANY { TOO_LARGE } else { bad(detail) })?;
     }
     place.check_end(end).map_err(bad)?;
 
@@ -147,7 +154,7 @@ pub(crate) fn request(
 /// # Errors
 /// [`Cause::BadResponse`]: malformed, framed in two ways, or too large.
 pub(crate) fn response(bytes: &mut BytesMut, method: &Method) -> Result<Option<ParsedResponse>, Refusal> {
-    let mut headers = [const { MaybeUninit::uninit() }; MAX_FIELDS];
+    let mut headers = [const { MaybeUninit::uninit() }; MAX_FIELDS + HOP_LINES];
     if matches!(bytes.first(), Some(b'\r' | b'\n')) {
         return Err(bad_response("empty line before the status line"));
     }
@@ -352,7 +359,7 @@ impl<'a> FieldReader<'a> {
             Known::Other if passes_for_another(header.name) => return Err("header name with an underscore"),
             _ => {}
         }
-        self.list.push_parsed(known, name, value).map_err(|_| "too many fields")
+        self.list.push_parsed(known, name, value).map_err(|_| TOO_MANY)
     }
 
     fn keep_alive(&self, version: Version) -> bool {

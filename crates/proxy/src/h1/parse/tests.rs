@@ -240,6 +240,30 @@ fn an_endless_status_line_is_refused() {
     assert_eq!(answer(input.as_bytes(), Method::GET).unwrap_err().cause, Cause::BadResponse);
 }
 
+#[test]
+fn what_a_hop_adds_is_not_one_field_too_many() {
+    let fields = |count: usize| "X: 1\r\n".repeat(count);
+    let hop = "Transfer-Encoding: chunked\r\nConnection: close\r\nKeep-Alive: 1\r\nProxy-Connection: close\r\n";
+    let answered = |lines: &str| answer(format!("HTTP/1.1 200 OK\r\n{lines}\r\n").as_bytes(), Method::GET);
+    let full = answered(&format!("{}{hop}", fields(MAX_FIELDS))).unwrap().unwrap();
+    assert_eq!((full.head.fields.len(), full.framing), (MAX_FIELDS, Framing::Chunked));
+    assert!(answered(&fields(MAX_FIELDS + 1)).is_err());
+    let asked = |lines: &str| parse(format!("GET / HTTP/1.1\r\nHost: web\r\n{lines}\r\n").as_bytes());
+    assert!(asked(&format!("{}{hop}", fields(MAX_FIELDS - 1))).unwrap().is_some());
+    for count in [MAX_FIELDS, MAX_FIELDS + 1, MAX_FIELDS + 50] {
+        assert_eq!(asked(&fields(count)).unwrap_err(), TOO_LARGE, "{count}");
+    }
+}
+
+#[test]
+fn a_second_empty_line_is_refused_at_its_first_byte() {
+    let mut empty_line = false;
+    let mut bytes = BytesMut::from(&b"\r\n"[..]);
+    assert!(request(&mut bytes, false, &mut empty_line).unwrap().is_none() && empty_line);
+    bytes.extend_from_slice(b"\r");
+    assert!(request(&mut bytes, false, &mut empty_line).is_err());
+}
+
 proptest::proptest! {
     /// What is written from a parsed head parses to the same again: nobody behind us decides on something else.
     #[test]
