@@ -23,8 +23,8 @@ const PART: usize = 50;
 /// What heads that are bombs may leave in memory, in bytes: of both proxies, and of the test itself.
 const HEADS: usize = 3 * 1024 * 1024;
 
-/// What 100 answers may that nobody takes, at both proxies together.
-const ANSWERS: usize = 1024 * 1024;
+/// What 100 answers may that nobody takes: 1 MiB at each of two proxies, which are one process here.
+const ANSWERS: usize = 2 * 1024 * 1024;
 
 /// Bytes of an ordinary answer, and of one that is long.
 const SHORT: usize = 24;
