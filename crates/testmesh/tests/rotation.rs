@@ -227,7 +227,7 @@ fn replaced(rounds: usize) -> Result<String> {
     for ((kind, port), instances) in kinds.into_iter().zip(instances) {
         site.serve(kind, port, instances)?;
     }
-    let upstreams = ["--upstream", "127.0.0.1:9000=echo:7000", "--upstream", "127.0.0.1:9001=reviews"];
+    let upstreams = ["--upstream", "127.0.0.1:9000=echo:7000", "--upstream", "127.0.0.1:9001=reviews:80"];
     let caller = [&["--capture", "none", "--metrics", METRICS], &upstreams[..]].concat();
     site.start("holder-1", "holder", &caller, &["sleep".into(), "infinity".into()])?;
     let idle = ["--capture", "none", "--port", "7001/tcp"];
