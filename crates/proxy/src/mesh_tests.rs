@@ -5,6 +5,7 @@ mod floods;
 mod framing;
 mod reasons;
 mod resources;
+mod stays;
 mod streams;
 mod volumes;
 mod websocket;

@@ -350,7 +350,7 @@ pub(super) struct Scene {
     address: SocketAddr,
     peer: Arc<crate::upstream::tls::Credentials>,
     port: u16,
-    _sides: [Beside; 2],
+    sides: [Beside; 2],
 }
 
 impl Scene {
@@ -369,7 +369,7 @@ impl Scene {
             Entrance::Peer => inbound,
         };
         let peer = ca.credentials("default", "api");
-        Self { entrance, address, peer, port, _sides: [api, web] }
+        Self { entrance, address, peer, port, sides: [api, web] }
     }
 
     pub(super) async fn connect(&self, carried: Carried) -> Io {
@@ -382,6 +382,12 @@ impl Scene {
                 self.peer.dialer().connect(stream, &name, carried).await.unwrap().0
             }
         }
+    }
+
+    /// Connections of clients that the proxy at this entrance holds. The other one's are kept for the next request.
+    pub(super) fn clients_open(&self) -> i64 {
+        let side = &self.sides[usize::from(self.entrance != Entrance::Workload)];
+        side.proxy.metrics.clients_open.load(Ordering::Relaxed)
     }
 
     /// What the application is told of the caller.
@@ -566,6 +572,27 @@ fn table() -> DocumentMut {
 fn name(case: &Case<'_>) -> String {
     let id = case.text("id").unwrap_or_default();
     format!("{id} ({}), {}", case.text("what").unwrap_or_default(), case.input.texts().join(" | "))
+}
+
+/// What clients say first in the rows whose numbers begin so, and what applications answer there.
+pub(super) fn first_words(rows: &str) -> [Vec<(Carried, Vec<u8>)>; 2] {
+    let table = table();
+    let [mut clients, mut applications] = [Vec::new(), Vec::new()];
+    for case in cases(&table).filter(|case| case.text("id").is_some_and(|id| id.starts_with(rows))) {
+        if case.is_http2() {
+            clients.push((Carried::Http2, http2::first_bytes(&case.sent())));
+            continue;
+        }
+        for step in case.steps() {
+            let step = ["{caller}", "{peer}", "{/peer}"].iter().fold(step, |step, mark| step.replace(mark, ""));
+            match step.split_once("> ") {
+                Some(("c", said)) => clients.push((Carried::Http1, bytes_of(said))),
+                Some(("a", said)) => applications.push((Carried::Http1, bytes_of(said))),
+                _ => {}
+            }
+        }
+    }
+    [clients, applications]
 }
 
 async fn play(entrance: Entrance) {
@@ -829,9 +856,14 @@ mod http2 {
         Some(text)
     }
 
+    /// A client's first bytes with this message in them.
+    pub(super) fn first_bytes(lines: &[String]) -> Vec<u8> {
+        [PREFACE, &frames(lines)].concat()
+    }
+
     async fn ask(scene: &Scene, lines: &[String]) -> Result<String, String> {
         let mut io = scene.connect(Carried::Http2).await;
-        io.write_all(&[PREFACE, &frames(lines)].concat()).await.map_err(|why| why.to_string())?;
+        io.write_all(&first_bytes(lines)).await.map_err(|why| why.to_string())?;
         io.flush().await.map_err(|why| why.to_string())?;
         outcome(&mut io).await
     }
