@@ -134,7 +134,8 @@ pub fn answer(input: &[u8]) {
     let young = kept.young(&again, now);
     if let Some(young) = &young {
         assert_eq!((&young[..2], &young[2..]), (&again[..2], &told[2..]));
-        assert!(!forward::is_failure(young) && young[2] & 0x02 == 0);
+        // That a name does not exist needs no records, and may come cut short.
+        assert!(!forward::is_failure(young) && (young[2] & 0x02 == 0 || young[3] & 0x0f == 3));
     }
     if let Some(stale) = kept.stale(&again, now + Duration::from_secs(60)) {
         assert!(young.is_some());
