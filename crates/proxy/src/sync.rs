@@ -489,7 +489,7 @@ impl Saver {
     fn save(&mut self, view: &View) {
         if self.writing.as_ref().is_some_and(|writing| !writing.is_finished()) {
             // A slow disk: not two at once.
-            self.due = Some(Instant::now() + SAVE_APART);
+            (self.due, self.look) = (Some(Instant::now() + SAVE_APART), None);
             return;
         }
         if self.due.is_none() && !self.failed.load(Relaxed) {
