@@ -200,7 +200,7 @@ pub async fn start(options: Options) -> Result<ControlPlane, Error> {
     let directory = directory(&options.config, Some(options.state.join(KEPT)));
     let compiled = directory.load().unwrap_or_default();
     let trust_domain = compiled.mesh.trust_domain.clone();
-    let trust = Trust::open(&store, &options.state, clock.unix())?;
+    let trust = Trust::open(&store, &options.state, clock.unix()).await?;
     let authority = Arc::new(Authority::open(&options.state, &trust_domain, clock.clone(), &trust)?);
     if trust.rotation.is_none() {
         // A kill may have come between the end of a rotation and this.
@@ -317,7 +317,7 @@ pub fn create_token(state: &Path, config: &Path, request: &TokenRequest) -> Resu
     let clock = Clock::default();
     let store = Store::open(state)?;
     let compiled = Directory::keeping(config, Some(state.join(KEPT))).load().unwrap_or_default();
-    let trust = Trust::open(&store, state, clock.unix())?;
+    let trust = Trust::open_now(&store, state, clock.unix())?;
     let authority = Authority::open(state, &compiled.mesh.trust_domain, clock.clone(), &trust)?;
     if request.control.is_empty() {
         let what = "name the control plane's address, since it does not run: --advertise HOST:PORT".to_owned();

@@ -115,9 +115,32 @@ impl Trust {
     ///
     /// # Errors
     /// When the store cannot be read or written.
-    pub(crate) fn open(store: &Store, directory: &Path, now: i64) -> Result<Self, StoreError> {
+    pub(crate) async fn open(store: &Store, directory: &Path, now: i64) -> Result<Self, StoreError> {
+        let (trust, stored) = Self::find(store, directory, now)?;
+        if !stored {
+            let record = trust.clone();
+            store.write::<_, StoreError>(move |transaction| transaction.put(Table::Meta, RECORD, &record)).await?;
+        }
+        Ok(trust)
+    }
+
+    /// [`Trust::open`] for callers without a runtime.
+    ///
+    /// # Errors
+    /// The same.
+    pub(crate) fn open_now(store: &Store, directory: &Path, now: i64) -> Result<Self, StoreError> {
+        let (trust, stored) = Self::find(store, directory, now)?;
+        if !stored {
+            let record = trust.clone();
+            store.write_now::<_, StoreError>(move |transaction| transaction.put(Table::Meta, RECORD, &record))?;
+        }
+        Ok(trust)
+    }
+
+    /// The record, and whether it is in the store.
+    fn find(store: &Store, directory: &Path, now: i64) -> Result<(Self, bool), StoreError> {
         if let Some(trust) = store.read(Table::Meta, RECORD)? {
-            return Ok(trust);
+            return Ok((trust, true));
         }
         let names = std::fs::read_dir(directory).into_iter().flatten().flatten();
         let mut found: Vec<u64> = names.filter_map(|it| ca::number_of(it.file_name().to_str()?)).collect();
@@ -133,9 +156,7 @@ impl Trust {
                 ..Self::default()
             },
         };
-        let stored = trust.clone();
-        store.write_now::<_, StoreError>(move |transaction| transaction.put(Table::Meta, RECORD, &stored))?;
-        Ok(trust)
+        Ok((trust, false))
     }
 
     /// The numbers of all roots that it names, in order.

@@ -245,8 +245,8 @@ fn a_lost_store_finds_the_roots_by_their_files() {
     authority.make_successor(2, false).unwrap();
     drop((authority, spread));
     let store = Store::open(site.directory.path()).unwrap();
-    let trust = Trust::open(&store, site.directory.path(), 5000).unwrap();
+    let trust = Trust::open_now(&store, site.directory.path(), 5000).unwrap();
     assert_eq!((trust.issuing, trust.trusted.as_slice(), trust.next), (1, &[1, 2][..], 3));
-    assert_eq!(Trust::open(&store, site.directory.path(), 6000).unwrap(), trust, "it is kept");
+    assert_eq!(Trust::open_now(&store, site.directory.path(), 6000).unwrap(), trust, "it is kept");
     assert_eq!(site.open(&trust).roots().len(), 2);
 }
