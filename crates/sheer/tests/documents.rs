@@ -97,7 +97,7 @@ fn every_verb_and_flag_in_a_sentence_exists() -> Result<()> {
             let is_name = |word: &&&str| word.chars().all(|c| c.is_ascii_lowercase());
             let verbs: Vec<&str> = words.iter().take_while(is_name).copied().collect();
             let Some((verb, below)) = verbs.split_first() else { continue };
-            let group = matches!(*verb, "control" | "token");
+            let group = matches!(*verb, "control" | "identity" | "token");
             let mut command = Command::new(env!("CARGO_BIN_EXE_sheer"));
             command.arg(verb).args(below.iter().take(usize::from(group))).arg("--help");
             let help = run(&mut command).with_context(|| format!("{}: sheer {span}", path.display()))?;

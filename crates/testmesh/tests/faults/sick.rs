@@ -13,6 +13,10 @@ use sheer_testmesh::wait;
 
 #[test]
 fn disks_that_err_disturb_nobody() -> Result<()> {
+    if !std::path::Path::new("/dev/fuse").exists() {
+        eprintln!("left out: this machine has no /dev/fuse, so that no disk of it can err");
+        return Ok(());
+    }
     let done = "the file systems of a proxy's state and of the control plane's err, by FUSE: EIO, short writes, half a write and then EIO; \
                 then kill -9 of the control plane";
     let bar = "0 failed; changes are in force; what cannot be stored is refused with 507 and the remedy, reads go on; all is stored \
