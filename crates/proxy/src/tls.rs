@@ -79,6 +79,9 @@ pub struct Stream {
     unsent: Bytes,
     /// The messages of the handshake protocol that are not whole yet.
     message: Vec<u8>,
+    /// A new key, as the peer asked for it, is among what is not sent yet. It answers whatever is asked until then
+    /// (RFC 8446, section 4.6.3), so that a peer which asks and does not read makes nothing grow.
+    answers: bool,
     /// Records in a row that carried no data.
     without_data: u8,
     /// The peer has closed its side in order.
@@ -114,6 +117,7 @@ impl Stream {
             opened: Bytes::new(),
             unsent: Bytes::new(),
             message: Vec::new(),
+            answers: false,
             without_data: 0,
             peer_closed: false,
             closed: false,
@@ -265,7 +269,11 @@ impl Stream {
             // Nothing is sealed with the old key any more.
             (KEY_UPDATE, session, [request @ (0 | 1)]) if is_last => {
                 self.opener = session.next_opener().map_err(refused)?;
-                if *request == 1 { self.queue_new_key(0).map_err(refused) } else { Ok(()) }
+                if *request == 1 && !self.answers {
+                    self.queue_new_key(0).map_err(refused)?;
+                    self.answers = true;
+                }
+                Ok(())
             }
             _ => Err(Fault::unexpected()),
         }
@@ -317,6 +325,7 @@ impl Stream {
                 sent => self.unsent.advance(sent),
             }
         }
+        self.answers = false;
         Poll::Ready(Ok(()))
     }
 

@@ -178,6 +178,33 @@ async fn a_peer_may_replace_its_keys_and_ask_for_new_ones() {
 }
 
 #[tokio::test]
+async fn who_asks_for_new_keys_and_does_not_read_makes_nothing_grow() {
+    let (mut one, mut other) = pair().await;
+    let full = async { while other.write(&[7; 65_536]).await.is_ok() {} };
+    assert!(tokio::time::timeout(Duration::from_millis(300), full).await.is_err(), "it waits");
+    let before = other.unsent.len();
+    soon(async {
+        for turn in 0..2000_u16 {
+            let mut asked = sealed(&mut one, Kind::Handshake, &[24, 0, 0, 1, 1]);
+            one.sealer = one.session.next_sealer().unwrap();
+            asked.extend(sealed(&mut one, Kind::Data, &turn.to_be_bytes()));
+            one.socket.write_all(&asked).await.unwrap();
+            assert_eq!(other.read_u16().await.unwrap(), turn);
+        }
+    })
+    .await;
+    assert!(other.unsent.len() <= before + 100, "{} bytes more", other.unsent.len() - before);
+    // What it was asked for comes, and what follows can be read.
+    let rest = async {
+        other.write_all(b"the end").await.unwrap();
+        other.shutdown().await.unwrap();
+        drop(other);
+    };
+    let (heard, ()) = soon(async { tokio::join!(hear(&mut one, &[65_536]), rest) }).await;
+    assert!(heard.unwrap().ends_with(b"\x07the end"));
+}
+
+#[tokio::test]
 async fn each_half_closes_on_its_own() {
     let (mut ours, mut theirs) = before_rustls().await;
     soon(async {
